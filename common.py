@@ -1,0 +1,382 @@
+"""The machine under every stage: ranks, device, dtype, seeds, the log, atomic files, exact resume.
+
+    run = common.start(config)                        checks out_dir, joins the ranks, prints the machine
+    run.resume(model, optimizer)                      opens the log; with --resume=true restores the newest state
+    for step in range(run.first_step, max_steps): ... run.log(step, loss=...), run.save(model, optimizer, step)
+    run.finish()                                      draws the curves
+"""
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "device", "micro_rows", "compile", "report_to", "curves")
+
+
+def write_atomic(path, content):
+    """Writes bytes, or whatever the function `content(file)` writes, to `path`, so that a kill at any moment leaves
+    the old file or the new one. ValueError if the disk refuses; the old file is then still there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content) if isinstance(content, bytes) else content(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:        # torch.save wraps a full disk in a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"could not write {path} ({reason}); what was saved before is still there") from None
+
+
+def pick_device(name):
+    """torch.device of "auto" (cuda, else mps, else cpu) or of a name; ValueError if this machine has none such."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in found if found[kind])
+    kind = name.split(":")[0]
+    if kind not in found:
+        raise ValueError(f"device must be auto, cuda, mps or cpu, got {name!r}")
+    if not found[kind]:
+        raise ValueError(f"--device={name} was asked for, but torch {torch.__version__} finds no {kind} device here; "
+                         "use --device=auto")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The dtype of activations and products: of "auto", bf16 where the hardware multiplies it fast, else fp32."""
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            cpu_has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            fast = device.type == "cpu" and cpu_has_it
+        name = "bf16" if fast else "fp32"
+    if name not in dtypes:
+        raise ValueError(f"dtype must be auto, bf16 or fp32, got {name!r}")
+    return dtypes[name]
+
+
+def matmul_rate(device, dtype, seconds=0.1):
+    """FLOP/s of a square matrix product, the best of what fits in `seconds`: MFU is measured against it."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), None
+    while end is None or time.perf_counter() < end:
+        synchronize(device)
+        begin = time.perf_counter()
+        a @ b
+        synchronize(device)
+        if end is None:                             # the first product warms up
+            end = time.perf_counter() + seconds
+        else:
+            best = min(best, time.perf_counter() - begin)
+    return 2 * n ** 3 / best
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def start(config):
+    """A Run from a script's options: out_dir, resume, overwrite, seed, device, dtype, curves, report_to.
+
+    ValueError if out_dir holds a run (and neither resume nor overwrite is set), cannot be written, or holds none to
+    resume, or one with other options.
+    """
+    return Run(config)
+
+
+class Run:
+    """One run of one script: its ranks, device, log and saved states. Attributes a stage reads: rank, world_size,
+    is_main, device, dtype, matmul_flops, first_step, elapsed(), extra (a dict saved and restored with the state)."""
+
+    def __init__(self, config):
+        self.config, self.out_dir = config, config["out_dir"]
+        self.begin, self.elapsed_before, self.first_step = time.perf_counter(), 0.0, 0
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(config["device"])
+        self.dtype = pick_dtype(config["dtype"], self.device)
+        self.extra, self.state, self.stopping = {}, None, False
+        self.log_file = self.bar = self.tracker = None
+        self.last_line = 0.0
+        self.check_out_dir()
+        if "RANK" in os.environ:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        torch.manual_seed(config["seed"])
+        torch.set_float32_matmul_precision("high")
+        self.matmul_flops = matmul_rate(self.device, self.dtype)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.print(f"torch {torch.__version__} on {self.hardware()}, {str(self.dtype).removeprefix('torch.')}, "
+                   f"{self.world_size} rank{'s' if self.world_size > 1 else ''}, "
+                   f"matmul {self.matmul_flops / 1e9:,.0f} GFLOP/s a rank")
+
+    def hardware(self):
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+
+    def print(self, *lines):
+        """Prints on the first rank, above the progress bar."""
+        if self.is_main:
+            for line in lines:
+                self.bar.write(line) if self.bar else print(line, flush=True)
+
+    # --- out_dir ---
+
+    def path(self, *names):
+        return os.path.join(self.out_dir, *names)
+
+    def check_out_dir(self):
+        holds_run = [name for name in ("resume", "log.jsonl", "model.safetensors") if os.path.exists(self.path(name))]
+        if self.config["resume"]:
+            self.state = self.read_state()
+        elif holds_run and not self.config["overwrite"]:
+            raise ValueError(f"{self.out_dir} already holds a run ({', '.join(holds_run)}); continue it with "
+                             "--resume=true, replace it with --overwrite=true, or choose another --out_dir")
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make out_dir {self.out_dir!r}: {error.strerror}") from None
+        if not os.access(self.out_dir, os.W_OK):
+            raise ValueError(f"cannot write in out_dir {self.out_dir!r}: permission denied")
+
+    def read_state(self):
+        path = self.path("resume", "state.pt")
+        if not os.path.exists(path):
+            raise ValueError(f"--resume=true, but {self.out_dir} holds no state to resume ({path} is missing); "
+                             "leave --resume out to begin a new run")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}); the model beside it can still be given "
+                             "to --init_from") from None
+        before, now = state["options"], self.config
+        changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in {**before, **now}
+                   if name not in MAY_CHANGE_ON_RESUME and before.get(name) != now.get(name)]
+        if changed:
+            raise ValueError(f"--resume=true needs the options of the run in {self.out_dir}, but {'; '.join(changed)}")
+        return state
+
+    def resume(self, model, optimizer):
+        """Opens the log; restores model, optimizer, first_step, elapsed time and `extra` of the newest saved state."""
+        if self.state is not None:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            self.first_step, self.elapsed_before = self.state["step"], self.state["elapsed"]
+            self.extra = self.state["extra"]
+        if self.is_main:
+            if self.state is not None:
+                os.truncate(self.path("log.jsonl"), self.state["log_size"])     # what came after is written again
+            else:                                   # overwrite=true: nothing was deleted until here
+                for name in ("log.jsonl", "resume", "best", "model.safetensors", "curves.png"):
+                    path = self.path(name)
+                    shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
+            write_atomic(self.path("options.json"), json.dumps(self.config, indent=2).encode())
+            self.log_file = open(self.path("log.jsonl"), "a", encoding="utf-8")
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+                bar = "{percentage:3.0f}% {bar} {elapsed} gone, {postfix}"
+                self.bar = tqdm(total=1000, bar_format=bar, leave=False)
+            self.tracker = start_tracker(self.config.get("report_to", ""), self.config, self.out_dir)
+        self.state = None
+        self.begin = time.perf_counter()
+
+    def save(self, model, optimizer, step, tokenizer=None, best=False):
+        """Saves the model directory and, in one file, all that resuming at `step` needs; best=True also to best/."""
+        if self.is_main:
+            for folder in [self.out_dir] + [self.path("best")] * best:
+                model.save(folder)
+                if tokenizer is not None and not os.path.exists(os.path.join(folder, "tokenizer.json")):
+                    tokenizer.save(folder)
+            self.log_file.flush()
+            os.fsync(self.log_file.fileno())
+            state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), extra=self.extra,
+                         options=self.config, log_size=self.log_file.tell(), elapsed=self.elapsed())
+            write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
+        self.barrier()
+
+    # --- ranks ---
+
+    def parallel(self, model):
+        """The model on this rank's device and in its dtype; with several ranks torch's DDP averages its gradients,
+        applied in place, so that names and methods stay."""
+        model.to(self.device)
+        model.model.dtype = self.dtype
+        if self.world_size > 1:
+            from torch.distributed._composable.replicate import replicate
+            model = replicate(model, device_id=self.device)
+        return model
+
+    def move(self, *tensors):
+        """The tensors on this rank's device; None stays None."""
+        return [x if x is None else x.to(self.device, non_blocking=True) for x in tensors]
+
+    def meet(self, model, now):
+        """Says, before a forward pass, whether its backward pass averages gradients over the ranks: once a step."""
+        if self.world_size > 1:
+            model.set_requires_gradient_sync(now)
+
+    def total(self, value):
+        """`value`, a number or tensor, summed over the ranks, as a float64 tensor on the CPU."""
+        value = torch.as_tensor(value, dtype=torch.float64).cpu()
+        if self.world_size > 1:
+            value = value.to(self.device if self.device.type == "cuda" else "cpu")
+            dist.all_reduce(value)
+        return value.cpu()
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def elapsed(self):
+        """Seconds of training so far, over all resumes, by the first rank's clock: the same number on every rank."""
+        seconds = torch.tensor(self.elapsed_before + time.perf_counter() - self.begin, dtype=torch.float64)
+        if self.world_size > 1:
+            seconds = seconds.to(self.device if self.device.type == "cuda" else "cpu")
+            dist.broadcast(seconds, 0)
+        return seconds.item()
+
+    def on_signal(self, number, frame):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        if self.is_main:
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def stop_requested(self):
+        """True on every rank once any of them got SIGINT or SIGTERM. A second signal ends at once."""
+        return bool(self.total(self.stopping)) if self.world_size > 1 else self.stopping
+
+    # --- log ---
+
+    def log(self, step, done=None, **metrics):
+        """One record in log.jsonl, and at most one line a second on the console, with the share of the run that is
+        `done` (0 to 1) and the time left. Metrics are numbers or one-element tensors."""
+        if not self.is_main:
+            return
+        metrics = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+        self.log_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.tracker:
+            self.tracker(step, metrics)
+        now, left = time.perf_counter(), ""
+        if done:
+            seconds = int((self.elapsed_before + now - self.begin) * (1 - done) / done)
+            left = f"{seconds // 60}:{seconds % 60:02d} left"
+        if self.bar:
+            self.bar.n = int(1000 * (done or 0))
+            self.bar.set_postfix_str(left)
+        if now - self.last_line < 1 and not any(name.startswith("val_") for name in metrics):
+            return
+        self.last_line = now
+        self.log_file.flush()
+        line = f"step {step:>5} | " + " | ".join(f"{name} {shorten(value)}" for name, value in metrics.items())
+        self.print(line + (f" | {left}" if left else ""))
+
+    def finish(self):
+        """Closes the log, draws curves.png and leaves the ranks."""
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+        if self.is_main and self.log_file:
+            self.log_file.close()
+            if self.config.get("curves", True):
+                draw_curves(self.path("log.jsonl"), self.path("curves.png"))
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def shorten(value):
+    """A number in few characters."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def draw_curves(log_path, png_path):
+    """A picture of every metric in log.jsonl over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curves = {}
+    with open(log_path, encoding="utf-8") as f:
+        for record in map(json.loads, f):
+            step = record.pop("step")
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    curves.setdefault(name, ([], []))[0].append(step)
+                    curves[name][1].append(value)
+    if not curves:
+        return
+    rows = -(-len(curves) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(curves):]:
+        axis.axis("off")
+    for axis, (name, (steps, values)) in zip(axes.flat, curves.items()):
+        axis.plot(steps, values, "." if len(values) == 1 else "-", linewidth=1)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    write_atomic(png_path, lambda f: figure.savefig(f, format="png", dpi=110))
+    plt.close(figure)
+
+
+def start_tracker(name, config, out_dir):
+    """A function (step, metrics) that reports to wandb or tensorboard, or None for ""."""
+    if not name:
+        return None
+    if name not in ("wandb", "tensorboard"):
+        raise ValueError(f"report_to must be wandb, tensorboard or empty, got {name!r}")
+    try:
+        if name == "wandb":
+            import wandb
+            wandb.init(project="zero2chat", config=config, dir=out_dir)
+            return lambda step, metrics: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(f"--report_to={name} needs the package {name}; pip install {name}") from None
+    writer = SummaryWriter(out_dir)
+    return lambda step, metrics: [writer.add_scalar(key, value, step) for key, value in metrics.items()]
+
+
+class SpikeGuard:
+    """Says whether an update should be applied: not when its gradient norm is not finite or is `factor` times above the
+    median of the last 100. After `patience` refusals in a row, ValueError. `state()` belongs in the saved state."""
+
+    def __init__(self, factor, patience, norms=(), skipped=0, row=0):
+        self.factor, self.patience, self.norms, self.skipped, self.row = factor, patience, list(norms), skipped, row
+
+    def state(self):
+        return dict(norms=self.norms, skipped=self.skipped, row=self.row)
+
+    def accepts(self, grad_norm):
+        usual = statistics.median(self.norms) if len(self.norms) >= 20 else float("inf")
+        if grad_norm == grad_norm and grad_norm != float("inf") and grad_norm <= self.factor * max(usual, 1e-12):
+            self.norms, self.row = (self.norms + [grad_norm])[-100:], 0
+            return True
+        self.skipped, self.row = self.skipped + 1, self.row + 1
+        if self.row >= self.patience:
+            raise ValueError(f"{self.row} updates in a row were skipped: the last gradient norm is {grad_norm:.3g}, "
+                             f"the median {usual:.3g}; lower the learning rate or lengthen warmup_steps; --resume=true "
+                             "goes back to the last saved state")
+        return False

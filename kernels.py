@@ -1,0 +1,198 @@
+"""The operations worth writing by hand: attention, linear_logprob and rms_norm, in plain torch.
+
+Each is one function with one meaning on every device; the fastest way to compute it is chosen inside.
+Shape letters: B sequences, T tokens, H heads, D head width, C channels, V vocabulary, N tokens in all.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+LOGIT_BYTES = 32 << 20      # of one chunk in linear_logprob: near the cache on CPU, little memory anywhere
+
+
+# --- attention ---
+
+def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
+    """Causal softmax attention, (B, T, H, D), scaled by D**-0.5.
+
+    q is (B, T, H, D); k, v are (B, T, Hkv, D), where query head h reads key head h // (H // Hkv).
+    cu_seqlens: int32 offsets of documents in the flattened B*T tokens (FlashAttention's convention): a token sees
+    only its own document. window: a token sees itself and the window - 1 tokens before it (0: all before it).
+    impl: "plain" (batched products and a softmax), "sdpa" (torch's fused kernels), or "auto", whichever measures
+    faster for the device, dtype and length. Raises ValueError on shapes or offsets that do not fit.
+    """
+    B, T, H, D = q.shape
+    if k.shape != v.shape or k.shape[:2] != (B, T) or H % k.size(2):
+        raise ValueError(f"attention got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v must be "
+                         "alike, with q's batch and length, and their heads must divide q's")
+    if window < 0:
+        raise ValueError(f"attention window must be 0 (off) or more tokens, got {window}")
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
+    allowed = None if cu_seqlens is None and not window else visible(B, T, cu_seqlens, window, q.device)
+    if impl == "auto":
+        # on CPU torch's fused backward loses to plain products up to these lengths (docs/benchmarks.md)
+        short = T <= (512 if q.dtype == torch.bfloat16 else 128)
+        impl = "plain" if q.device.type == "cpu" and short else "sdpa"
+    if impl == "sdpa":
+        out = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != k.size(1))
+        return out.transpose(1, 2)
+    if impl != "plain":
+        raise ValueError(f"attention impl must be auto, plain or sdpa, got {impl!r}")
+    if H != k.size(1):
+        k, v = (x.repeat_interleave(H // k.size(1), 1) for x in (k, v))
+    if allowed is None:
+        bias = causal_bias(T, q.dtype, q.device)
+    else:
+        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -1e30)
+    return PlainAttention.apply(q, k, v, bias).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def causal_bias(T, dtype, device):
+    """(T, T): 0 where query t sees key s <= t, -1e30 elsewhere."""
+    return torch.full((T, T), -1e30, dtype=dtype, device=device).triu_(1)
+
+
+def visible(B, T, cu_seqlens, window, device):
+    """(B, 1, T, T) bool, or (T, T) without documents: whether query t sees key s."""
+    t = torch.arange(T, device=device)
+    allowed = t[:, None] >= t
+    if window:
+        allowed = allowed & (t[:, None] - t < window)
+    if cu_seqlens is None:
+        return allowed
+    document = document_ids(cu_seqlens, B * T).view(B, 1, T, 1)
+    return allowed & (document == document.transpose(-1, -2))
+
+
+def document_ids(cu_seqlens, n_tokens):
+    """(n_tokens,) int64: the number of the document that each token of the flattened batch belongs to."""
+    inner = cu_seqlens.long()
+    if inner[0] != 0 or inner[-1] != n_tokens or (inner.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()[:8]} ... "
+                         f"{int(inner[-1])}")
+    starts = torch.zeros(n_tokens + 1, dtype=torch.long, device=inner.device)
+    starts.index_add_(0, inner, torch.ones_like(inner))
+    return starts[:n_tokens].cumsum(0) - 1
+
+
+class PlainAttention(torch.autograd.Function):
+    """softmax(q k' / sqrt(D) + bias) v by batched products; keeps only the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        B, H, T, D = q.shape
+        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+        if bias.dim() == 4:
+            bias = bias.expand(B, H, T, T).reshape(B * H, T, T)
+        p = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D ** -0.5), -1)
+        ctx.save_for_backward(q, k, v, p)
+        return torch.bmm(p, v).view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        shape, scale = grad.shape, q.size(-1) ** -0.5
+        grad = grad.reshape(q.shape)
+        dv = torch.bmm(p.transpose(1, 2), grad)
+        ds = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
+        dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=scale)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+# --- norm ---
+
+class RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last dimension, statistics in fp32: fewer passes over memory than the composite."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = power.div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        dot = (product @ weight).div_(weight.numel()).unsqueeze(-1)
+        dx = (grad * weight).addcmul_(normed, dot, value=-1).mul_(scale)
+        return dx, product.flatten(0, -2).sum(0), None
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype (Zhang & Sennrich, arXiv:1910.07467)."""
+    weight = weight.to(x.dtype)
+    if x.device.type == "cpu":
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+# --- head ---
+
+def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False):
+    """Log-probability of each target under softmax(hidden @ weight.T / temperature), fp32 nats, without (N, V) logits.
+
+    hidden is (..., C), weight (V, C), targets (...) int64; a target of -100 gives 0 and no gradient. Returns (...)
+    log-probabilities, and with want_entropy=True also the (...) entropies (no gradient through those).
+    The logits exist a chunk of tokens at a time, in forward and again in backward. The gradient with respect to each
+    token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
+    """
+    shape = targets.shape
+    logp, entropy = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1),
+                                        temperature, want_entropy)
+    return (logp.view(shape), entropy.view(shape)) if want_entropy else logp.view(shape)
+
+
+class LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
+        N, V = hidden.size(0), weight.size(0)
+        rows = max(1, LOGIT_BYTES // (4 * V))
+        lse = torch.empty(N, dtype=torch.float32, device=hidden.device)
+        logp, entropy = torch.zeros_like(lse), torch.zeros_like(lse) if want_entropy else None
+        kept = None
+        for chunk in (slice(i, i + rows) for i in range(0, N, rows)):
+            logits = (hidden[chunk] @ weight.t()).float()
+            if temperature != 1.0:
+                logits /= temperature
+            lse[chunk] = torch.logsumexp(logits, -1)
+            index = targets[chunk].clamp_min(0).unsqueeze(-1)
+            logp[chunk] = logits.gather(-1, index).squeeze(-1) - lse[chunk]
+            if want_entropy:
+                entropy[chunk] = lse[chunk] - (torch.softmax(logits, -1) * logits).sum(-1)
+            kept = logits if N <= rows else None             # one chunk: backward need not compute it again
+        ignored = targets == -100
+        logp[ignored] = 0
+        if want_entropy:
+            entropy[ignored] = 0
+            ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.rows, ctx.temperature, ctx.kept = rows, temperature, kept
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _=None):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad = torch.where(targets == -100, 0, grad) / ctx.temperature
+        for chunk in (slice(i, i + ctx.rows) for i in range(0, len(hidden), ctx.rows)):
+            logits, ctx.kept = ctx.kept, None
+            if logits is None:
+                logits = (hidden[chunk] @ weight.t()).float()
+                if ctx.temperature != 1.0:
+                    logits /= ctx.temperature
+            # d logp / d logits = onehot - softmax, in the logits' own memory
+            p = logits.sub_(lse[chunk].unsqueeze(-1)).exp_().mul_(-grad[chunk].unsqueeze(-1))
+            index = targets[chunk].clamp_min(0).unsqueeze(-1)
+            p.scatter_add_(-1, index, grad[chunk].unsqueeze(-1))
+            p = p.to(hidden.dtype)
+            dhidden[chunk] = p @ weight
+            dweight += p.t() @ hidden[chunk]
+        return dhidden, dweight.to(weight.dtype), None, None, None

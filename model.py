@@ -1,0 +1,328 @@
+"""The Transformer, and its loading and saving in the Hugging Face layout.
+
+Pre-norm, RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases. With qk_norm it is exactly Qwen3,
+without it exactly Llama, and parameters carry Hugging Face's names, so that a directory written here opens in
+transformers and vLLM as it is.
+
+Shapes: B sequences, T tokens, C channels, H query heads, K key heads, D head width, V vocabulary.
+"""
+import dataclasses
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import common
+from kernels import attention, linear_logprob, rms_norm
+
+
+@dataclasses.dataclass
+class Config:
+    """The shape of a model. ValueError where the numbers do not fit together."""
+    vocab_size: int                 # rows of the embedding: the tokenizer's ids, padded to a multiple of 128
+    n_layer: int = 6
+    n_head: int = 6                 # query heads
+    n_kv_head: int = 0              # key and value heads, shared by groups of query heads; 0: as many as n_head
+    n_embd: int = 384               # channels C
+    head_dim: int = 0               # D; 0: n_embd / n_head
+    n_hidden: int = 0               # width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64
+    context: int = 256              # the longest sequence trained on, in tokens
+    rope_theta: float = 10000.0
+    qk_norm: bool = True            # True: Qwen3; False: Llama
+    tied: bool = False              # the head is the embedding's own matrix
+    norm_eps: float = 1e-6
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 3 // 64) * 64
+        sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.n_hidden, self.context
+        if min(sizes) < 1:
+            raise ValueError(f"every size of a model must be at least 1, got {dataclasses.asdict(self)}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; try n_head="
+                             f"{max(h for h in range(1, self.n_head) if self.n_embd % h == 0)}, or set head_dim")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, got n_embd / n_head = {self.head_dim}")
+
+    def n_params(self, embeddings=True):
+        """The number of parameters in closed form; without embeddings: the matrices of the blocks and the head."""
+        C, D = self.n_embd, self.head_dim
+        block = C * D * (2 * self.n_head + 2 * self.n_kv_head) + 3 * C * self.n_hidden
+        if not embeddings:
+            return self.n_layer * block + self.vocab_size * C
+        norms = self.n_layer * (2 * C + (2 * D if self.qk_norm else 0)) + C
+        return self.n_layer * block + norms + self.vocab_size * C * (1 if self.tied else 2)
+
+    def flops_per_token(self, length):
+        """Training FLOPs a token, forward and backward: 6 for each matrix weight, and 12 L H D T for attention
+        (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), of which causality needs half."""
+        return 6 * self.n_params(embeddings=False) + 6 * self.n_layer * self.n_head * self.head_dim * length
+
+    def to_hf(self):
+        """The dictionary of Hugging Face's config.json."""
+        return {"architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
+                "model_type": "qwen3" if self.qk_norm else "llama",
+                "vocab_size": self.vocab_size, "hidden_size": self.n_embd, "intermediate_size": self.n_hidden,
+                "num_hidden_layers": self.n_layer, "num_attention_heads": self.n_head,
+                "num_key_value_heads": self.n_kv_head, "head_dim": self.head_dim, "hidden_act": "silu",
+                "max_position_embeddings": self.context, "rope_theta": self.rope_theta, "rms_norm_eps": self.norm_eps,
+                "tie_word_embeddings": self.tied, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+                "use_sliding_window": False, "initializer_range": 0.02, "use_cache": True,
+                "bos_token_id": self.eos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id,
+                "dtype": "float32", "torch_dtype": "float32"}
+
+    @classmethod
+    def from_hf(cls, hf, path):
+        """The Config of a config.json's dictionary; ValueError for a model that this Transformer does not compute."""
+        kind = hf.get("model_type")
+        if kind not in ("llama", "qwen3"):
+            raise ValueError(f"{path} holds a model of type {kind!r}; only llama and qwen3 compute what model.py does")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        odd = {"rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+               "hidden_act": hf.get("hidden_act", "silu") != "silu", "attention_bias": hf.get("attention_bias", False),
+               "mlp_bias": hf.get("mlp_bias", False), "use_sliding_window": hf.get("use_sliding_window", False)}
+        for name in (name for name, refused in odd.items() if refused):
+            raise ValueError(f"{path}/config.json has {name}={hf.get(name, rope)!r}, which model.py does not compute")
+        try:
+            eos = hf.get("eos_token_id")
+            return cls(vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
+                       n_kv_head=hf.get("num_key_value_heads") or 0, n_embd=hf["hidden_size"],
+                       head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else 0), n_hidden=hf["intermediate_size"],
+                       context=hf["max_position_embeddings"], qk_norm=kind == "qwen3",
+                       rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+                       tied=hf.get("tie_word_embeddings", False), norm_eps=hf["rms_norm_eps"],
+                       eos_id=eos[0] if isinstance(eos, list) else eos, pad_id=hf.get("pad_token_id"))
+        except KeyError as missing:
+            raise ValueError(f"{path}/config.json has no {missing}") from None
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer that keeps fp32 master weights and multiplies in its input's dtype."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Norm(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.n_embd, config.head_dim
+        self.head_dim = D
+        self.q_proj = Linear(C, config.n_head * D)
+        self.k_proj = Linear(C, config.n_kv_head * D)
+        self.v_proj = Linear(C, config.n_kv_head * D)
+        self.o_proj = Linear(config.n_head * D, C)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = Norm(D, config.norm_eps), Norm(D, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, cos, sin, cu_seqlens):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)                               # (B, T, H, D), (B, T, K, D)
+        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens)
+        return self.o_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.n_embd, config.n_hidden)
+        self.up_proj = Linear(config.n_embd, config.n_hidden)
+        self.down_proj = Linear(config.n_hidden, config.n_embd)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm = Norm(config.n_embd, config.norm_eps)
+        self.post_attention_layernorm = Norm(config.n_embd, config.norm_eps)
+
+    def forward(self, x, cos, sin, cu_seqlens):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotate(x, cos, sin):
+    """x (B, T, H, D) with each pair (d, d + D/2) turned by its position's angle (Su et al. 2021, arXiv:2104.09864)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Backbone(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = Norm(config.n_embd, config.norm_eps)
+        self.dtype = torch.float32              # of the activations and products; weights stay fp32
+        self.checkpointing = False              # recompute each block in backward: less memory, a third more time
+
+    def forward(self, ids, cu_seqlens=None):
+        x = F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
+        cos, sin = rope(ids.size(1), self.config.head_dim, self.config.rope_theta, ids.device, self.dtype)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cu_seqlens)
+        return self.norm(x)
+
+
+def rope(T, D, theta, device, dtype):
+    """cos and sin of every position's angles, each (T, 1, D); angles in fp32."""
+    frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency).repeat(1, 2).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class GPT(nn.Module):
+    """The language model: model(ids, targets) are per-token losses, forward_hidden(ids) what every head builds on."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.apply(self.initialise)
+
+    def initialise(self, module):
+        """Every block adds nothing at first, the head is nearly uniform: the first loss is ln(vocab_size)."""
+        C = self.config.n_embd
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1 / C if self.config.tied else 1.0)
+        elif isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tied):
+            nn.init.normal_(module.weight, std=0.01 if module is self.lm_head else C ** -0.5)
+        elif isinstance(module, Block):                     # after its children
+            nn.init.zeros_(module.self_attn.o_proj.weight)
+            nn.init.zeros_(module.mlp.down_proj.weight)
+
+    def forward_hidden(self, ids, cu_seqlens=None):
+        """Final hidden states (B, T, C) of ids (B, T); with cu_seqlens, packed documents do not see each other."""
+        return self.model(ids, cu_seqlens)
+
+    def forward(self, ids, targets, cu_seqlens=None):
+        """Negative log-likelihood of each target, (B, T) fp32 nats; 0 where targets == -100."""
+        return -linear_logprob(self.forward_hidden(ids, cu_seqlens), self.lm_head.weight.to(self.model.dtype), targets)
+
+    def logits(self, hidden):
+        """(..., V) fp32 logits of final hidden states."""
+        return self.lm_head(hidden).float()
+
+    @torch.no_grad()
+    def sample(self, ids, n_tokens, temperature=0.8, seed=0, stop=None):
+        """The list `ids` continued by up to n_tokens sampled ones, the last one `stop`: one row, no cache, for a look."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(n_tokens):
+            window = torch.tensor([ids[-self.config.context:]], device=self.lm_head.weight.device)
+            logits = self.logits(self.forward_hidden(window)[0, -1]).cpu()
+            if self.config.pad_id is not None:
+                logits[self.config.pad_id] = -torch.inf
+            ids = ids + [torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).item()]
+            if ids[-1] == stop:
+                break
+        return ids
+
+    def save(self, directory):
+        """Writes model.safetensors (fp32), config.json and generation_config.json, each atomically."""
+        from safetensors.torch import save
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tied:
+            del weights["lm_head.weight"]
+        config = self.config.to_hf()
+        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, content in ("config.json", config), ("generation_config.json", generation):
+            common.write_atomic(os.path.join(directory, name), json.dumps(content, indent=2).encode())
+        common.write_atomic(os.path.join(directory, "model.safetensors"), save(weights, metadata={"format": "pt"}))
+
+    @classmethod
+    def load(cls, path):
+        """The model in a directory in the Hugging Face layout (ours, or any local Llama or Qwen3; "hub:ORG/NAME"
+        fetches one), as fp32 on the CPU. ValueError on missing or unknown weights or other shapes."""
+        path = fetch(path)
+        config = Config.from_hf(read_json(os.path.join(path, "config.json")), path)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = read_weights(path)
+        if config.tied:
+            weights["lm_head.weight"] = weights.setdefault("model.embed_tokens.weight", weights.get("lm_head.weight"))
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()
+                 if not name.endswith("rotary_emb.inv_freq")}
+        if wanted != found:
+            name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+            raise ValueError(f"the weights in {path} do not fit its config.json: {name} should be "
+                             f"{wanted.get(name, 'absent')} and is {found.get(name, 'absent')}")
+        model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
+        if config.tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+
+def fetch(path):
+    """The local directory of a model: `path` itself, or a copy of hub:ORG/NAME. ValueError if there is none."""
+    if path.startswith("hub:"):
+        from huggingface_hub import snapshot_download
+        try:
+            return snapshot_download(path[4:], allow_patterns=["*.json", "*.safetensors"])
+        except Exception as error:
+            raise ValueError(f"could not fetch {path} ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path!r} is not a model directory: it has no config.json")
+    return path
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_weights(path):
+    """{name: tensor} of model.safetensors, or of all the shards that model.safetensors.index.json names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    index = os.path.join(path, "model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if os.path.isfile(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    weights = {}
+    for file in (os.path.join(path, name) for name in names):
+        try:
+            weights.update(load_file(file))
+        except FileNotFoundError:
+            raise ValueError(f"there are no weights at {file}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short ({error})") from None
+    return weights
