@@ -105,7 +105,7 @@ def start(config):
 
 class Run:
     """One run of one script: its ranks, device, log and saved states. Attributes a stage reads: rank, world_size,
-    is_main, device, dtype, matmul_flops, first_step, elapsed(), extra (a dict saved and restored with the state)."""
+    is_main, device, dtype, matmul_flops, first_step, extra (a dict that is saved and restored with the state)."""
 
     def __init__(self, config):
         self.config, self.out_dir = config, config["out_dir"]
@@ -116,7 +116,7 @@ class Run:
         self.dtype = pick_dtype(config["dtype"], self.device)
         self.extra, self.state, self.stopping = {}, None, False
         self.log_file = self.bar = self.tracker = None
-        self.last_line = 0.0
+        self.last_line = -1.0
         self.check_out_dir()
         if "RANK" in os.environ:
             if self.device.type == "cuda":
@@ -212,7 +212,7 @@ class Run:
             self.log_file.flush()
             os.fsync(self.log_file.fileno())
             state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), extra=self.extra,
-                         options=self.config, log_size=self.log_file.tell(), elapsed=self.elapsed())
+                         options=self.config, log_size=self.log_file.tell(), elapsed=self.clock())
             write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
         self.barrier()
 
@@ -251,11 +251,11 @@ class Run:
 
     def elapsed(self):
         """Seconds of training so far, over all resumes, by the first rank's clock: the same number on every rank."""
-        seconds = torch.tensor(self.elapsed_before + time.perf_counter() - self.begin, dtype=torch.float64)
-        if self.world_size > 1:
-            seconds = seconds.to(self.device if self.device.type == "cuda" else "cpu")
-            dist.broadcast(seconds, 0)
-        return seconds.item()
+        return self.total(self.clock() if self.is_main else 0.0).item()
+
+    def clock(self):
+        """Seconds of training so far by this rank's own clock."""
+        return self.elapsed_before + time.perf_counter() - self.begin
 
     def on_signal(self, number, frame):
         if self.stopping:
@@ -279,9 +279,9 @@ class Run:
         self.log_file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.tracker:
             self.tracker(step, metrics)
-        now, left = time.perf_counter(), ""
+        now, left = self.clock(), ""
         if done:
-            seconds = int((self.elapsed_before + now - self.begin) * (1 - done) / done)
+            seconds = int(now * (1 - done) / done)
             left = f"{seconds // 60}:{seconds % 60:02d} left"
         if self.bar:
             self.bar.n = int(1000 * (done or 0))

@@ -1,0 +1,182 @@
+"""Pretraining: a Transformer learns to predict the next token of text, from nothing or from a model directory.
+
+    python data.py --sources=stdlib --out_dir=data/text
+    python pretrain.py --data=data/text --max_steps=1000            one process
+    torchrun --nproc_per_node=2 pretrain.py --data=data/text        the same steps on two
+
+Shapes: B rows of one forward pass, T tokens of context. A step is one optimizer update.
+"""
+import math
+
+import torch
+
+import common
+import optim
+from configurator import configure
+from data import TextBatches, fixed_rows
+from model import GPT, Config
+from tokenizer import Tokenizer
+
+# --- run ---
+out_dir = "out/pretrain"    # model directory to write, with its log and resume state
+init_from = ""              # model directory to start from, or hub:ORG/NAME; empty: random weights
+resume = False              # go on with the run in out_dir, exactly where its newest saved state stands
+overwrite = False           # replace a run that out_dir already holds
+seed = 1337                 # weights and the order of the data
+device = "auto"             # auto, cuda, mps or cpu
+dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
+compile = "auto"            # torch.compile: auto (on cuda only, see docs/log.md), true, false
+# --- data ---
+data = "data/text"          # folder written by data.py
+context = 256               # tokens in a row, T
+rows_per_step = 16          # global batch in rows = micro_rows * accumulation * ranks
+micro_rows = 0              # rows of one forward pass on one rank, B; lower it if memory runs out; 0: all at once
+mask_documents = False      # True: documents packed in a row do not see each other
+# --- model ---
+n_layer = 6                 # blocks
+n_head = 6                  # query heads; each is n_embd / n_head wide
+n_kv_head = 0               # key and value heads, shared by groups of query heads; 0: as many as n_head
+n_embd = 384                # width C of the residual stream
+n_hidden = 0                # width of the SwiGLU; 0: 8/3 n_embd
+qk_norm = True              # normalise queries and keys: Qwen3's layout; false: Llama's
+tied = False                # share the embedding with the head: fewer parameters, a worse loss at these sizes
+rope_theta = 10000.0        # base of the rotary frequencies; higher for long context
+checkpointing = False       # recompute activations in backward: less memory, a third more time
+# --- optimizer ---
+optimizer = "muon"          # muon (for the matrices of the blocks, AdamW for the rest) or adamw
+lr = 0.004                  # peak rate of AdamW: head and norms, and the matrices without Muon
+matrix_lr = 0.02            # peak rate of Muon
+embed_lr = 0.05             # peak rate of the embedding; 0: lr
+weight_decay = 0.0          # on matrices only
+beta1 = 0.9                 # AdamW's decay of the mean gradient
+beta2 = 0.95                # AdamW's decay of the mean squared gradient
+momentum = 0.9              # Muon's
+grad_clip = 1.0             # largest gradient norm; 0: no clipping
+# --- schedule ---
+max_steps = 1000            # optimizer updates; the decay ends here
+max_seconds = 0.0           # end the decay and the run after this many seconds instead, if that comes first; 0: never
+schedule = "wsd"            # wsd (warmup, stable, linear decay), cosine or constant
+warmup_steps = 20           # linear warmup
+decay_fraction = 0.6        # share of the run that wsd's decay takes
+final_lr = 0.0              # last learning rate as a share of the peak
+# --- evaluation and log ---
+eval_every = 250            # steps between evaluations; each one saves, as the end of the run does
+eval_tokens = 200_000       # held-out tokens to evaluate on, always the same; 0: all
+sample_tokens = 64          # tokens of the sample printed at each evaluation; 0: none
+spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
+spike_patience = 10         # stop after this many skipped updates in a row
+curves = True               # draw curves.png at the end
+report_to = ""              # wandb or tensorboard, if installed
+
+
+@torch.no_grad()
+def evaluate(model, rows, token_bytes, run):
+    """(nats per token, bits per byte) over held-out rows, exactly: every target once, summed over ranks.
+
+    Bits per byte count the text alone: predictions of special tokens, which have no bytes, are left out of it.
+    """
+    total = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of text, bytes
+    for ids_BT, targets_BT, cu_seqlens in rows:
+        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).double().cpu()
+        bytes_BT = token_bytes[targets_BT.clamp_min(0)] * (targets_BT != -100)
+        total += torch.stack([nll_BT.sum(), (targets_BT != -100).sum(), nll_BT[bytes_BT > 0].sum(), bytes_BT.sum()])
+    nats, tokens, text_nats, n_bytes = run.total(total).tolist()
+    return nats / tokens, text_nats / math.log(2) / max(1, n_bytes)
+
+
+def main(config):
+    run = common.start(config)                              # ranks, device, seeds, out_dir
+    micro = micro_rows or max(1, rows_per_step // run.world_size)
+    accumulation, rest = divmod(rows_per_step, micro * run.world_size)
+    if rest or not accumulation:
+        raise SystemExit(f"pretrain.py: rows_per_step={rows_per_step} is not a multiple of micro_rows * ranks = "
+                         f"{micro} * {run.world_size}")
+
+    # data
+    tokenizer = Tokenizer.load(data)
+    batches = TextBatches(data, "train", rows_per_step, micro, context, seed, run.rank, run.world_size, mask_documents)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes)
+
+    # model
+    if init_from:
+        model = GPT.load(init_from)
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size} but {data} was "
+                             f"encoded with {tokenizer.vocab_size} tokens; prepare it with --tokenizer={init_from}")
+        model.config.context = context
+    else:
+        model = GPT(Config(-(-tokenizer.vocab_size // 128) * 128, n_layer, n_head, n_kv_head, n_embd, n_hidden=n_hidden,
+                           context=context, rope_theta=rope_theta, qk_norm=qk_norm, tied=tied,
+                           eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id))
+    model.model.checkpointing = checkpointing
+    model = run.parallel(model)
+    if compile == "true" or compile == "auto" and run.device.type == "cuda":
+        model.compile(dynamic=False)
+
+    # optimizer, and where the resumed run stopped
+    updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum, run.dtype)
+    run.resume(model, updates)
+    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    tokens_per_step = rows_per_step * context
+    run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
+              f"{max_steps} steps of {tokens_per_step:,} tokens = {max_steps / batches.steps_per_epoch:.2f} epochs")
+
+    for step in range(run.first_step, max_steps + 1):
+        begin = run.clock()
+        done = max(step / max_steps, run.elapsed() / max_seconds if max_seconds else 0)
+        stopping = run.stop_requested()
+
+        # evaluate and save
+        if done >= 1 or step and step % eval_every == 0 and step > run.first_step:
+            rows = fixed_rows(data, "val", context, 2 * micro, eval_tokens, run.rank, run.world_size, mask_documents)
+            val_loss, val_bpb = evaluate(model, rows, token_bytes, run)
+            run.log(step, done, val_loss=val_loss, val_bpb=val_bpb)
+            best = val_loss < run.extra.get("best_val_loss", float("inf"))
+            run.extra.update(best_val_loss=min(val_loss, run.extra.get("best_val_loss", val_loss)), guard=guard.state())
+            run.save(model, updates, step, tokenizer, best)
+            if sample_tokens and run.is_main:
+                ids = model.sample([tokenizer.eot_id], sample_tokens, stop=tokenizer.eot_id, seed=seed)
+                run.print("  sample: " + tokenizer.decode(ids[1:]).replace("\n", "\n  | "))
+        elif stopping:
+            run.extra.update(guard=guard.state())
+            run.save(model, updates, step, tokenizer)
+        if done >= 1 or stopping:
+            break
+
+        # learning rate
+        scale = optim.lr_scale(step, done, schedule, warmup_steps, decay_fraction, final_lr)
+        for group in updates.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+        # gradients: one denominator for the whole step, all micro-batches and ranks
+        targets_in_step = batches.targets_in_step(step)
+        loss_sum = 0.0
+        for i in range(accumulation):
+            run.meet(model, now=i == accumulation - 1)
+            nll_BT = model(*run.move(*batches(step, i)))
+            (nll_BT.sum() * (run.world_size / targets_in_step)).backward()
+            loss_sum += nll_BT.detach().sum()
+
+        # update
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
+        if guard.accepts(grad_norm):
+            updates.step()
+        updates.zero_grad()
+
+        # log the whole step
+        tokens_per_second = tokens_per_step / (run.clock() - begin)
+        mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
+        run.log(step, done, loss=(run.total(loss_sum) / targets_in_step).item(), grad_norm=grad_norm,
+                learning_rate=lr * scale, epoch=batches.epoch(step + 1), num_tokens=(step + 1) * tokens_per_step,
+                tokens_per_second=tokens_per_second, mfu=mfu, skipped_updates=guard.skipped)
+
+    run.finish()
+    if done < 1:
+        run.print(f"stopped before step {step}; go on with the same options and --resume=true")
+    else:
+        run.print(f"{out_dir}: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte on held-out text after "
+                  f"{run.clock():.1f} s; open it with transformers.AutoModelForCausalLM.from_pretrained({out_dir!r})")
+
+
+if __name__ == "__main__":
+    main(configure(globals()))
