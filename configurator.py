@@ -87,9 +87,10 @@ def run_config(path, values, options):
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), namespace)
     except Exception as error:
-        line = getattr(error, "lineno", None) or next(
-            (t.tb_lineno for t in frames(error.__traceback__) if t.tb_frame.f_code.co_filename == path), "?")
-        raise ValueError(f"config file {path} fails in line {line}: {type(error).__name__}: {error}") from None
+        lines = [t.tb_lineno for t in frames(error.__traceback__) if t.tb_frame.f_code.co_filename == path]
+        line = lines[0] if lines else getattr(error, "lineno", "?")
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config file {path} fails in line {line}: {type(error).__name__}: {reason}") from None
     for name, value in namespace.items():
         if name.startswith("_"):
             continue

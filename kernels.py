@@ -1,4 +1,4 @@
-"""The operations worth writing by hand: attention, linear_logprob and rms_norm, in plain torch.
+"""The operations worth writing by hand, in plain torch: attention, linear_logprob, rms_norm and rotate.
 
 Each is one function with one meaning on every device; the fastest way to compute it is chosen inside.
 Shape letters: B sequences, T tokens, H heads, D head width, C channels, V vocabulary, N tokens in all.
@@ -23,9 +23,9 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
     faster for the device, dtype and length. Raises ValueError on shapes or offsets that do not fit.
     """
     B, T, H, D = q.shape
-    if k.shape != v.shape or k.shape[:2] != (B, T) or H % k.size(2):
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != D or H % k.size(2):
         raise ValueError(f"attention got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v must be "
-                         "alike, with q's batch and length, and their heads must divide q's")
+                         "alike, with q's batch, length and width, and their heads must divide q's")
     if window < 0:
         raise ValueError(f"attention window must be 0 (off) or more tokens, got {window}")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
@@ -69,9 +69,8 @@ def visible(B, T, cu_seqlens, window, device):
 def document_ids(cu_seqlens, n_tokens):
     """(n_tokens,) int64: the number of the document that each token of the flattened batch belongs to."""
     inner = cu_seqlens.long()
-    if inner[0] != 0 or inner[-1] != n_tokens or (inner.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()[:8]} ... "
-                         f"{int(inner[-1])}")
+    if len(inner) < 2 or inner[0] != 0 or inner[-1] != n_tokens or (inner.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
     starts = torch.zeros(n_tokens + 1, dtype=torch.long, device=inner.device)
     starts.index_add_(0, inner, torch.ones_like(inner))
     return starts[:n_tokens].cumsum(0) - 1
@@ -109,7 +108,8 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_()
         scale = power.div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
@@ -130,6 +130,39 @@ def rms_norm(x, weight, eps):
     if x.device.type == "cpu":
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+# --- rotary positions ---
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        B, T, H, D = x.shape
+        return turn(x, cos, sin, x.new_empty(B, H, T, D).transpose(1, 2), 1)     # the layout attention wants
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, sin, grad.new_empty(grad.shape), -1), None, None
+
+
+def turn(x, cos, sin, out, sign):
+    """Writes each pair (d, d + D/2) of x (B, T, H, D), turned by its position's angle times `sign`, to `out`."""
+    half = x.size(-1) // 2
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
+    return out
+
+
+def rotate(x, cos, sin):
+    """x (B, T, H, D) with each pair (d, d + D/2) turned by its position's angle (Su et al. 2021, arXiv:2104.09864);
+    cos and sin are (T, 1, D)."""
+    if x.device.type == "cpu":
+        return Rotate.apply(x, cos, sin)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 # --- head ---
@@ -154,45 +187,44 @@ class LinearLogprob(torch.autograd.Function):
         N, V = hidden.size(0), weight.size(0)
         rows = max(1, LOGIT_BYTES // (4 * V))
         lse = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        logp, entropy = torch.zeros_like(lse), torch.zeros_like(lse) if want_entropy else None
-        kept = None
+        logp, entropy = torch.empty_like(lse), torch.zeros_like(lse) if want_entropy else None
+        ignored = targets == -100
+        targets = targets.masked_fill(ignored, 0).unsqueeze(-1)
         for chunk in (slice(i, i + rows) for i in range(0, N, rows)):
-            logits = (hidden[chunk] @ weight.t()).float()
-            if temperature != 1.0:
-                logits /= temperature
+            logits = scaled_logits(hidden[chunk], weight, temperature)
             lse[chunk] = torch.logsumexp(logits, -1)
-            index = targets[chunk].clamp_min(0).unsqueeze(-1)
-            logp[chunk] = logits.gather(-1, index).squeeze(-1) - lse[chunk]
+            logp[chunk] = logits.gather(-1, targets[chunk]).squeeze(-1) - lse[chunk]
             if want_entropy:
                 entropy[chunk] = lse[chunk] - (torch.softmax(logits, -1) * logits).sum(-1)
-            kept = logits if N <= rows else None             # one chunk: backward need not compute it again
-        ignored = targets == -100
-        logp[ignored] = 0
+        logp.masked_fill_(ignored, 0)
         if want_entropy:
-            entropy[ignored] = 0
+            entropy.masked_fill_(ignored, 0)
             ctx.mark_non_differentiable(entropy)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.rows, ctx.temperature, ctx.kept = rows, temperature, kept
+        ctx.save_for_backward(hidden, weight, targets, ignored, lse)
+        ctx.rows, ctx.temperature = rows, temperature
+        ctx.kept = logits if 0 < N <= rows else None        # one chunk: backward need not compute it again
         return logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _=None):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, ignored, lse = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad = torch.where(targets == -100, 0, grad) / ctx.temperature
+        grad = (grad.masked_fill(ignored, 0) / ctx.temperature).unsqueeze(-1)
+        lse = lse.unsqueeze(-1)
         for chunk in (slice(i, i + ctx.rows) for i in range(0, len(hidden), ctx.rows)):
             logits, ctx.kept = ctx.kept, None
             if logits is None:
-                logits = (hidden[chunk] @ weight.t()).float()
-                if ctx.temperature != 1.0:
-                    logits /= ctx.temperature
+                logits = scaled_logits(hidden[chunk], weight, ctx.temperature)
             # d logp / d logits = onehot - softmax, in the logits' own memory
-            p = logits.sub_(lse[chunk].unsqueeze(-1)).exp_().mul_(-grad[chunk].unsqueeze(-1))
-            index = targets[chunk].clamp_min(0).unsqueeze(-1)
-            p.scatter_add_(-1, index, grad[chunk].unsqueeze(-1))
-            p = p.to(hidden.dtype)
-            dhidden[chunk] = p @ weight
-            dweight += p.t() @ hidden[chunk]
+            dlogits = logits.sub_(lse[chunk]).exp_().mul_(-grad[chunk]).scatter_add_(-1, targets[chunk], grad[chunk])
+            dlogits = dlogits.to(hidden.dtype)
+            dhidden[chunk] = dlogits @ weight
+            dweight += dlogits.t() @ hidden[chunk]
         return dhidden, dweight.to(weight.dtype), None, None, None
+
+
+def scaled_logits(hidden, weight, temperature):
+    logits = (hidden @ weight.t()).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)

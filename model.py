@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from kernels import attention, linear_logprob, rms_norm
+from kernels import attention, linear_logprob, rms_norm, rotate
 
 
 @dataclasses.dataclass
@@ -41,11 +41,12 @@ class Config:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or -(-8 * self.n_embd // 3 // 64) * 64
         sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.n_hidden, self.context
-        if min(sizes) < 1:
+        if min(sizes) < 1 or self.head_dim < 0:
             raise ValueError(f"every size of a model must be at least 1, got {dataclasses.asdict(self)}")
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; try n_head="
-                             f"{max(h for h in range(1, self.n_head) if self.n_embd % h == 0)}, or set head_dim")
+            fitting = [h for h in range(1, self.n_head) if self.n_embd % (2 * h) == 0]
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}" +
+                             (f"; try n_head={fitting[-1]}" if fitting else ""))
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
@@ -82,15 +83,19 @@ class Config:
     @classmethod
     def from_hf(cls, hf, path):
         """The Config of a config.json's dictionary; ValueError for a model that this Transformer does not compute."""
-        kind = hf.get("model_type")
+        kind = hf.get("model_type") if isinstance(hf, dict) else None
         if kind not in ("llama", "qwen3"):
-            raise ValueError(f"{path} holds a model of type {kind!r}; only llama and qwen3 compute what model.py does")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+            raise ValueError(f"{path}/config.json is of model type {kind!r}; model.py computes llama and qwen3 alone")
+        rope = {**(hf.get("rope_parameters") or {}), **(hf.get("rope_scaling") or {})}
         odd = {"rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
                "hidden_act": hf.get("hidden_act", "silu") != "silu", "attention_bias": hf.get("attention_bias", False),
                "mlp_bias": hf.get("mlp_bias", False), "use_sliding_window": hf.get("use_sliding_window", False)}
         for name in (name for name, refused in odd.items() if refused):
-            raise ValueError(f"{path}/config.json has {name}={hf.get(name, rope)!r}, which model.py does not compute")
+            raise ValueError(f"{path}/config.json has {name}={hf.get(name) or rope!r}, which model.py does not compute")
+        for name in ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+                     "max_position_embeddings"):
+            if not isinstance(hf.get(name, 1), int):
+                raise ValueError(f"{path}/config.json has {name}={hf[name]!r}, which is not a whole number")
         try:
             eos = hf.get("eos_token_id")
             return cls(vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
@@ -169,12 +174,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rotate(x, cos, sin):
-    """x (B, T, H, D) with each pair (d, d + D/2) turned by its position's angle (Su et al. 2021, arXiv:2104.09864)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
 class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -223,6 +222,8 @@ class GPT(nn.Module):
         elif isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tied):
             nn.init.normal_(module.weight, std=0.01 if module is self.lm_head else C ** -0.5)
         elif isinstance(module, Block):                     # after its children
+            module.self_attn.q_proj.weight.data *= 0.25     # small, so that Muon turns them sooner (docs/log.md)
+            module.self_attn.k_proj.weight.data *= 0.25
             nn.init.zeros_(module.self_attn.o_proj.weight)
             nn.init.zeros_(module.mlp.down_proj.weight)
 
@@ -240,7 +241,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def sample(self, ids, n_tokens, temperature=0.8, seed=0, stop=None):
-        """The list `ids` continued by up to n_tokens sampled ones, the last one `stop`: one row, no cache, for a look."""
+        """The list `ids` continued by up to n_tokens sampled ones or until `stop`: one row, no cache, for a look."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(n_tokens):
             window = torch.tensor([ids[-self.config.context:]], device=self.lm_head.weight.device)
@@ -274,7 +275,9 @@ class GPT(nn.Module):
             model = cls(config)
         weights = read_weights(path)
         if config.tied:
-            weights["lm_head.weight"] = weights.setdefault("model.embed_tokens.weight", weights.get("lm_head.weight"))
+            stored = next((name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights), None)
+            if stored:
+                weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = weights[stored]
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()
                  if not name.endswith("rotary_emb.inv_freq")}
@@ -295,7 +298,8 @@ def fetch(path):
         try:
             return snapshot_download(path[4:], allow_patterns=["*.json", "*.safetensors"])
         except Exception as error:
-            raise ValueError(f"could not fetch {path} ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"could not fetch {path} ({reason})") from None
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path!r} is not a model directory: it has no config.json")
     return path
@@ -316,7 +320,9 @@ def read_weights(path):
     index = os.path.join(path, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if os.path.isfile(index):
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise ValueError(f"{index} names no files")
     weights = {}
     for file in (os.path.join(path, name) for name in names):
         try:

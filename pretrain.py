@@ -51,6 +51,7 @@ weight_decay = 0.0          # on matrices only
 beta1 = 0.9                 # AdamW's decay of the mean gradient
 beta2 = 0.95                # AdamW's decay of the mean squared gradient
 momentum = 0.9              # Muon's
+muon_steps = 5              # of Muon's iteration: 5, or 4, which is cheaper and enough below width 256
 grad_clip = 1.0             # largest gradient norm; 0: no clipping
 # --- schedule ---
 max_steps = 1000            # optimizer updates; the decay ends here
@@ -91,10 +92,13 @@ def main(config):
     if rest or not accumulation:
         raise SystemExit(f"pretrain.py: rows_per_step={rows_per_step} is not a multiple of micro_rows * ranks = "
                          f"{micro} * {run.world_size}")
+    if compile not in ("auto", "true", "false"):
+        raise SystemExit(f"pretrain.py: compile must be auto, true or false, got {compile!r}")
 
     # data
     tokenizer = Tokenizer.load(data)
-    batches = TextBatches(data, "train", rows_per_step, micro, context, seed, run.rank, run.world_size, mask_documents)
+    batches = TextBatches(data, "train", rows_per_step, micro, context, seed, run.rank, run.world_size, mask_documents,
+                          tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
 
     # model
@@ -114,7 +118,8 @@ def main(config):
         model.compile(dynamic=False)
 
     # optimizer, and where the resumed run stopped
-    updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum, run.dtype)
+    updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum,
+                          muon_steps, run.dtype)
     run.resume(model, updates)
     guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     tokens_per_step = rows_per_step * context
@@ -128,7 +133,9 @@ def main(config):
 
         # evaluate and save
         if done >= 1 or step and step % eval_every == 0 and step > run.first_step:
-            rows = fixed_rows(data, "val", context, 2 * micro, eval_tokens, run.rank, run.world_size, mask_documents)
+            eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
+            rows = fixed_rows(data, "val", context, eval_rows, eval_tokens, run.rank, run.world_size, mask_documents,
+                              tokenizer)
             val_loss, val_bpb = evaluate(model, rows, token_bytes, run)
             run.log(step, done, val_loss=val_loss, val_bpb=val_bpb)
             best = val_loss < run.extra.get("best_val_loss", float("inf"))
