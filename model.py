@@ -218,7 +218,7 @@ class GPT(nn.Module):
         """Every block adds nothing at first, the head is nearly uniform: the first loss is ln(vocab_size)."""
         C = self.config.n_embd
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1 / C if self.config.tied else 1.0)
+            nn.init.normal_(module.weight, std=1 / C if self.config.tied else 0.5)
         elif isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tied):
             nn.init.normal_(module.weight, std=0.01 if module is self.lm_head else C ** -0.5)
         elif isinstance(module, Block):                     # after its children

@@ -3,6 +3,7 @@
 `build` gives Muon to the matrices of the blocks and AdamW to the rest, or AdamW to all; the loop sets each group's
 `lr` to its `peak_lr` times the schedule's `lr_scale`.
 """
+import inspect
 import math
 
 import torch
@@ -36,6 +37,17 @@ def adamw(groups, betas):
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=1e-10, fused=True)
 
 
+def leave_compiler_alone():
+    """Keeps torch.optim from importing torch's compiler, a second of start-up, which it does only to keep the compiler
+    out of its own methods. Nothing here compiles those; `Optimizers.step` unwraps `step` for the same reason."""
+    for method in vars(torch.optim.Optimizer).values():
+        if hasattr(method, "__wrapped__"):
+            method.__wrapped__.__dynamo_disable = method.__wrapped__
+
+
+leave_compiler_alone()
+
+
 class Optimizers:
     """Several optimizers stepped as one."""
 
@@ -45,13 +57,14 @@ class Optimizers:
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
+    @torch.no_grad()
     def step(self):
         for optimizer in self.optimizers:
-            optimizer.step()
+            inspect.unwrap(type(optimizer).step)(optimizer)
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
+            optimizer.zero_grad()
 
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self.optimizers]

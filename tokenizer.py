@@ -79,7 +79,7 @@ class Tokenizer:
         # A control token is a special whether or not its file calls it one (Qwen's <think> says it is not). What else
         # was added, such as the runs of spaces of Phi-2 and GPT-NeoX, is vocabulary: found in text, as upstream does.
         upstream = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        added = sorted(upstream.get_added_tokens_decoder().items())     # it numbers them itself, whatever the file says
+        added = upstream.get_added_tokens_decoder().items()     # by id; it numbers them itself, whatever the file says
         self.specials = {token.content: id for id, token in added
                          if token.special or (token.content.startswith("<") and token.content.endswith(">"))}
         self._added_words = {token.content: id for id, token in added if token.content not in self.specials}
@@ -309,9 +309,7 @@ class StreamDecoder:
 
     def flush(self):
         """U+FFFD for a character that stayed half, or ''; the decoder is then as new."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 def _cut(text):

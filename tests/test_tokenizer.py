@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 import tokenizer as module
-from tokenizer import BYTE_CHARS, GPT2_SPLIT, GPT4_SPLIT, QWEN_SPLIT, SPECIALS, SPLIT, Tokenizer
+from tokenizer import BYTE_CHARS, SPECIALS, SPLIT, Tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared/data"
 GPT2 = SHARED / "gpt2_bpe"
@@ -23,6 +23,13 @@ CODE = SHARED / "text/code_python.jsonl.gz"
 needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="needs shared/data/gpt2_bpe")
 needs_code = pytest.mark.skipif(not CODE.exists(), reason="needs shared/data/text")
 
+# as in the tokenizer.json of Llama 3, of Qwen 2 and 3, of DeepSeek V3, and as built into `tokenizers`
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+")
+DEEPSEEK = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|\s+(?!\S)|\s+"]
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # every plane, and in full those with assigned characters: 0 to 3 and 14
 CHARACTERS = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000
               and (code < 0x40000 or code >> 16 == 14 or code % 16 > 13)]
@@ -49,6 +56,8 @@ def reference_ids(content, texts):
     """Ids by `tokenizers` alone, from the contents of a tokenizer.json, with its own way to leave specials alone."""
     reference = tokenizers.Tokenizer.from_str(content if isinstance(content, str) else content.decode())
     reference.encode_special_tokens = True
+    reference.no_truncation()
+    reference.no_padding()
     return [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -115,7 +124,7 @@ def test_ids_are_those_of_tokenizers_on_scripts_emoji_control_characters_and_lon
     assert [tok.decode(ids) for ids in tok.encode_batch(texts)] == texts
 
 
-@pytest.mark.parametrize("split", [GPT2_SPLIT, GPT4_SPLIT, QWEN_SPLIT])
+@pytest.mark.parametrize("split", [GPT2_SPLIT, LLAMA3, QWEN])
 def test_foreign_patterns_given_to_tiktoken_split_as_in_tokenizers(foreign, split):
     tok, content = foreign(splits=[split])
     texts = MIXED + random_texts(300, seed=2)
@@ -194,16 +203,18 @@ def test_merges_in_any_order_give_the_ids_of_tokenizers():
     assert 200 < with_tiktoken < 400        # both ways were taken
 
 
-DEEPSEEK = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|\s+(?!\S)|\s+"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 FOREIGN = {     # what is unlike ours, and whether tiktoken can do it
     "merges as strings": ({"merges": " ".join}, True),
-    "Llama 3": ({"splits": [GPT4_SPLIT], "model": {"ignore_merges": True}}, True),
-    "Qwen": ({"splits": [QWEN_SPLIT], "normalizer": {"type": "NFC"}}, True),
+    "Llama 3": ({"splits": [LLAMA3], "model": {"ignore_merges": True}}, True),
+    "Qwen": ({"splits": [QWEN], "normalizer": {"type": "NFC"}}, True),
     "GPT-2 with a space before the first word": ({"pre_tokenizer": BYTE_LEVEL}, False),
     "StarCoder": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "add_prefix_space": False}]}}, False),
     "DeepSeek": ({"splits": DEEPSEEK}, False),
+    "two patterns": ({"splits": [LLAMA3, r"\p{N}"]}, False),
+    "cut to 3 ids": ({"splits": DEEPSEEK[:2], "truncation": {
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}, False),
     "a pattern we do not know": ({"splits": [r"\w+|\W"]}, False),
     "lower case": ({"normalizer": {"type": "Lowercase"}}, False),
     "runs of spaces added as words": ({"added": [("  ", False), ("quick brown", False)]}, False),
@@ -222,13 +233,18 @@ def test_foreign_tokenizer_gives_the_ids_of_its_file(foreign, kind):
 
 # --- what text can and cannot do ---
 
-@pytest.mark.parametrize("kind", ["ours", "not called special", "by tokenizers", "a whole piece of the vocabulary"])
+@pytest.mark.parametrize("kind", ["ours", "not called special", "by tokenizers", "in the vocabulary", "whole text"])
 def test_specials_in_text_stay_text(foreign, tok, kind):
     if kind == "not called special":            # as in Qwen 3
-        tok, _ = foreign(splits=[QWEN_SPLIT], added=[("<tool_call>", False)])
+        tok, _ = foreign(splits=[QWEN], added=[("<tool_call>", False)])
     elif kind == "by tokenizers":
         tok, _ = foreign(splits=DEEPSEEK, added=[("<tool_call>", False), ("<|x|>", True)])
-    elif kind == "a whole piece of the vocabulary":
+    elif kind == "in the vocabulary":           # where Llama 3's look up whole pieces
+        tok, content = foreign(splits=[LLAMA3], added=[("<<>>", True)])
+        vocab = {**json.loads(content)["model"]["vocab"], "<<>>": 592}
+        tok, _ = foreign(splits=[LLAMA3], model={"ignore_merges": True, "vocab": vocab}, added=[("<<>>", True)])
+        assert tok._tiktoken is not None
+    elif kind == "whole text":
         tok, _ = foreign(splits=[r"[\s\S]+"], model={"ignore_merges": True, "vocab": {
             **dict(zip(BYTE_CHARS, range(256))), "<|x|>": 256}, "merges": []}, added=[("<|x|>", True)])
     assert kind != "not called special" or "<tool_call>" in tok.specials
@@ -256,7 +272,7 @@ def test_text_is_split_as_by_gpt4_but_for_digits_in_pairs():
     assert pieces_of("It's 12345 x=7\n\n  y") == ["It", "'s", " ", "12", "34", "5", " x", "=", "7", "\n\n", " ", " y"]
     for text in MIXED + random_texts(300, seed=8):
         if max((len(list(run)) for _, run in itertools.groupby(text)), default=0) < 5 and len(text) < 40:
-            assert pieces_of(text) == pieces_of(text, GPT4_SPLIT.replace("{1,3}", "{1,2}"))
+            assert pieces_of(text) == pieces_of(text, LLAMA3.replace("{1,3}", "{1,2}"))
 
 
 @pytest.mark.parametrize("unit", ["a", "é", "日", "1", "=", " ", "\t", "\n", "\r\n", " \n", "=\n", "e\u0301", "👍"])
@@ -356,7 +372,11 @@ def test_fingerprint_survives_saving_and_follows_everything_that_decides_ids(tok
     assert Tokenizer.load(tmp_path / "saved").fingerprint == tok.fingerprint
     variants = [foreign(**changes)[0].fingerprint for changes, _ in FOREIGN.values()]
     assert variants[0] == tok.fingerprint       # only written differently
-    others = [*variants[1:], foreign(added=[("<|more|>", True)])[0].fingerprint, tok.fingerprint]
+    model = json.loads(foreign()[1])["model"]
+    swapped = {**model["vocab"], "a": model["vocab"]["b"], "b": model["vocab"]["a"]}
+    changes = [{"model": {"ignore_merges": True}}, {"model": {"vocab": swapped}}, {"added": [("q", False)]},
+               {"added": [("q", True)]}, {"added": [("<|more|>", True)]}, {"model": {"merges": model["merges"][:-1]}}]
+    others = [*variants[1:], *(foreign(**change)[0].fingerprint for change in changes), tok.fingerprint]
     assert len({*others}) == len(others)
 
 
@@ -453,13 +473,16 @@ def test_stream_gives_whole_characters_that_add_up_to_decode(tok):
     assert (stream.push(0xF0), stream.push(0x9F), stream.flush(), stream.flush()) == ("", "", "\ufffd", "")
 
 
-def test_decode_takes_arrays_and_marks_what_is_no_text(tok):
+def test_decode_takes_arrays_and_marks_what_is_no_text(tok, foreign):
     ids = tok.encode(MIXED[1])
     assert tok.decode(np.array(ids, np.uint16)) == MIXED[1]
     assert tok.decode([0xFF, tok.vocab_size + 100]) == "\ufffd\ufffd"     # not UTF-8; beyond the vocabulary
     assert tok.decode_bytes([0xFF]) == b"\xff" and tok.decode([]) == ""
     with pytest.raises(ValueError, match="-100 is not a token id"):
         tok.decode([1, -100])
+    vocab = {char: id for id, char in enumerate(BYTE_CHARS)}
+    tok, _ = foreign(model={"vocab": {**vocab, "｜": 256}, "merges": []})       # not written in BYTE_CHARS
+    assert tok.decode([256]) == "｜"
 
 
 def test_token_bytes_add_up_to_the_bytes_of_the_text(tok, foreign):
