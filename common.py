@@ -7,6 +7,7 @@
 """
 import ctypes
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,7 +19,7 @@ import time
 import torch
 import torch.distributed as dist
 
-MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "device", "micro_rows", "compile", "report_to", "curves")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "compile", "report_to", "curves")
 
 
 def write_atomic(path, content):
@@ -60,14 +61,16 @@ def pick_device(name):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in found if found[kind])
-    kind = name.split(":")[0]
-    if kind not in found:
-        raise ValueError(f"device must be auto, cuda, mps or cpu, got {name!r}")
-    if not found[kind]:
-        raise ValueError(f"--device={name} was asked for, but torch {torch.__version__} finds no {kind} device here; "
-                         "use --device=auto")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind, _, index = name.partition(":")
+    if kind not in found or index and not index.isdigit():
+        raise ValueError(f"device must be auto, cuda, cuda:N, mps or cpu, got {name!r}")
+    if not found[kind] or kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name} was asked for, but torch {torch.__version__} finds no such device here; use "
+                         "--device=auto, and no more ranks than there are GPUs")
+    if kind == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several ranks need cuda or cpu, not mps; use --device=cpu")
     return torch.device(name)
 
 
@@ -88,7 +91,7 @@ def pick_dtype(name, device):
 
 def matmul_rate(device, dtype, seconds=0.1):
     """FLOP/s of a square matrix product, the best of what fits in `seconds`: MFU is measured against it."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = {"cuda": 8192, "cpu": 1024}.get(device.type, 4096)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), None
     while end is None or time.perf_counter() < end:
@@ -137,9 +140,8 @@ class Run:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         keep_freed_memory()
-        torch.manual_seed(config["seed"])
-        torch.set_float32_matmul_precision("high")
         self.matmul_flops = matmul_rate(self.device, self.dtype)
+        torch.manual_seed(config["seed"])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.print(f"torch {torch.__version__} on {self.hardware()}, {str(self.dtype).removeprefix('torch.')}, "
@@ -148,7 +150,7 @@ class Run:
 
     def hardware(self):
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            return f"{torch.cuda.get_device_name(self.device)} ({os.cpu_count()} cores)"
         return f"{self.device.type} ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
 
     def print(self, *lines):
@@ -179,14 +181,15 @@ class Run:
     def read_state(self):
         path = self.path("resume", "state.pt")
         if not os.path.exists(path):
-            raise ValueError(f"--resume=true, but {self.out_dir} holds no state to resume ({path} is missing); "
-                             "leave --resume out to begin a new run")
+            begun = os.path.exists(self.path("log.jsonl"))
+            advice = "begin again with --overwrite=true" if begun else "leave --resume out"
+            raise ValueError(f"--resume=true, but {self.out_dir} holds no state to resume (no {path}); {advice}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}); the model beside it can still be given "
                              "to --init_from") from None
-        before, now = state["options"], self.config
+        before, now = {**state["options"], "dtype": state["dtype"]}, {**self.config, "dtype": str(self.dtype)}
         changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in {**before, **now}
                    if name not in MAY_CHANGE_ON_RESUME and before.get(name) != now.get(name)]
         if changed:
@@ -200,11 +203,12 @@ class Run:
             optimizer.load_state_dict(self.state["optimizer"])
             self.first_step, self.elapsed_before = self.state["step"], self.state["elapsed"]
             self.extra = self.state["extra"]
+            torch.set_rng_state(self.state["rng"])
         if self.is_main:
             if self.state is not None:
-                os.truncate(self.path("log.jsonl"), self.state["log_size"])     # what came after is written again
+                truncate(self.path("log.jsonl"), self.state["log_size"])    # what came after is written again
             else:                                   # overwrite=true: nothing was deleted until here
-                for name in ("log.jsonl", "resume", "best", "model.safetensors", "curves.png"):
+                for name in ("resume", "best", "model.safetensors", "curves.png", "log.jsonl"):
                     path = self.path(name)
                     shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
             write_atomic(self.path("options.json"), json.dumps(self.config, indent=2).encode())
@@ -222,12 +226,13 @@ class Run:
         if self.is_main:
             for folder in [self.out_dir] + [self.path("best")] * best:
                 model.save(folder)
-                if tokenizer is not None and not os.path.exists(os.path.join(folder, "tokenizer.json")):
+                if tokenizer is not None:
                     tokenizer.save(folder)
             self.log_file.flush()
             os.fsync(self.log_file.fileno())
             state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), extra=self.extra,
-                         options=self.config, log_size=self.log_file.tell(), elapsed=self.clock())
+                         rng=torch.get_rng_state(), options=self.config, dtype=str(self.dtype),
+                         log_size=self.log_file.tell(), elapsed=self.clock())
             write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
         self.barrier()
 
@@ -254,7 +259,7 @@ class Run:
 
     def total(self, value):
         """`value`, a number or tensor, summed over the ranks, as a float64 tensor on the CPU."""
-        value = torch.as_tensor(value, dtype=torch.float64).cpu()
+        value = value.cpu().double() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
             value = value.to(self.device if self.device.type == "cuda" else "cpu")
             dist.all_reduce(value)
@@ -321,6 +326,14 @@ class Run:
             dist.destroy_process_group()
 
 
+def truncate(path, size):
+    """Cuts a file to `size` bytes; ValueError if it is missing or shorter: then somebody else changed it."""
+    if not os.path.exists(path) or os.path.getsize(path) < size:
+        raise ValueError(f"{path} is missing or shorter than when the state beside it was saved; restore it, or begin "
+                         "again with --overwrite=true")
+    os.truncate(path, size)
+
+
 def shorten(value):
     """A number in few characters."""
     if not isinstance(value, float):
@@ -375,8 +388,9 @@ def start_tracker(name, config, out_dir):
 
 
 class SpikeGuard:
-    """Says whether an update should be applied: not when its gradient norm is not finite or is `factor` times above the
-    median of the last 100. After `patience` refusals in a row, ValueError. `state()` belongs in the saved state."""
+    """Says whether an update should be applied: not when the loss or the gradient norm is not finite, or the norm is
+    `factor` times above the median of the last 100. After `patience` refusals in a row, ValueError. `state()` is what a
+    saved state must hold of it."""
 
     def __init__(self, factor, patience, norms=(), skipped=0, row=0):
         self.factor, self.patience, self.norms, self.skipped, self.row = factor, patience, list(norms), skipped, row
@@ -384,14 +398,14 @@ class SpikeGuard:
     def state(self):
         return dict(norms=self.norms, skipped=self.skipped, row=self.row)
 
-    def accepts(self, grad_norm):
+    def accepts(self, loss, grad_norm):
         usual = statistics.median(self.norms) if len(self.norms) >= 20 else float("inf")
-        if grad_norm == grad_norm and grad_norm != float("inf") and grad_norm <= self.factor * max(usual, 1e-12):
+        if math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= self.factor * max(usual, 1e-12):
             self.norms, self.row = (self.norms + [grad_norm])[-100:], 0
             return True
         self.skipped, self.row = self.skipped + 1, self.row + 1
         if self.row >= self.patience:
-            raise ValueError(f"{self.row} updates in a row were skipped: the last gradient norm is {grad_norm:.3g}, "
-                             f"the median {usual:.3g}; lower the learning rate or lengthen warmup_steps; --resume=true "
-                             "goes back to the last saved state")
+            raise ValueError(f"{self.row} updates in a row were skipped: the loss is now {loss:.3g}, the gradient norm "
+                             f"{grad_norm:.3g}, its median {usual:.3g}; begin again, or from the best weights so far "
+                             "(--init_from=OUT_DIR/best), with lower learning rates or more warmup_steps")
         return False

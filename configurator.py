@@ -9,6 +9,7 @@ A config file is Python: it may compute, sees the values set so far, and keeps n
 """
 import ast
 import difflib
+import errno
 import io
 import linecache
 import os
@@ -169,6 +170,8 @@ def explain(script, kind, error, trace):
         print(f"{script}: {error}", file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename is not None:
         print(f"{script}: {error.strerror}: {error.filename}", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        print(f"{script}: {error.strerror} while writing; what was saved before is still there", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print(f"{script}: interrupted", file=sys.stderr)
     else:

@@ -14,7 +14,8 @@ def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, moment
     """The optimizer of a model: "muon" (block matrices by Muon at matrix_lr, the rest by AdamW) or "adamw" (all).
 
     The rest are the embedding at embed_lr, and the head and the norms at lr. Decay falls on matrices of the blocks and
-    the head, never on norms or the embedding. embed_lr = 0 means lr. muon_steps and dtype are those of its iteration.
+    the head, never on norms or the embedding. embed_lr = 0 means lr, as does a tied head. muon_steps
+    and dtype are those of Muon's iteration.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, got {optimizer!r}")
@@ -23,7 +24,8 @@ def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, moment
     matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
     head = [p for name, p in named if p.dim() == 2 and ".layers." not in name and "embed_tokens" not in name]
     norms = [p for name, p in named if p.dim() < 2]
-    groups = [dict(params=embedding, lr=embed_lr or lr, weight_decay=0.0),
+    tied = any(p is model.lm_head.weight for p in embedding)        # then it learns as the head does
+    groups = [dict(params=embedding, lr=lr if tied else embed_lr or lr, weight_decay=0.0),
               dict(params=head, lr=lr, weight_decay=weight_decay), dict(params=norms, lr=lr, weight_decay=0.0)]
     if optimizer == "adamw":
         groups.append(dict(params=matrices, lr=lr, weight_decay=weight_decay))
@@ -98,7 +100,9 @@ class Muon(torch.optim.Optimizer):
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
                     update = p.grad.lerp(average, momentum)
                     wide = p.size(0) <= p.size(1)
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append((p, update if wide else update.t()))
@@ -135,7 +139,7 @@ def orthogonalise(matrices, steps=5, dtype=torch.float32):
 
 
 def lr_scale(step, progress, schedule, warmup_steps, decay_fraction=1.0, final=0.0):
-    """The factor on every peak learning rate: (0, 1].
+    """The factor on every peak learning rate, from 0 to 1.
 
     Linear warmup over warmup_steps, then by `progress`, the share of the run that is over (of its steps or of its
     seconds): "cosine" falls to `final` at progress 1; "wsd" stays at 1 and falls linearly over the last

@@ -7,14 +7,16 @@
 Shapes: B rows of one forward pass, T tokens of context. A step is one optimizer update.
 """
 import math
+import os
+import shutil
 
 import torch
 
 import common
 import optim
 from configurator import configure
-from data import TextBatches, fixed_rows
-from model import GPT, Config
+from data import TextBatches, fixed_rows, open_tokens
+from model import GPT, Config, fetch
 from tokenizer import Tokenizer
 
 # --- run ---
@@ -25,14 +27,14 @@ overwrite = False           # replace a run that out_dir already holds
 seed = 1337                 # weights and the order of the data
 device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
-compile = "auto"            # torch.compile: auto (on cuda only, see docs/log.md), true, false
+compile = "auto"            # torch.compile: auto (on cuda with a C compiler, for rows not masked), true, false
 # --- data ---
 data = "data/text"          # folder written by data.py
 context = 256               # tokens in a row, T
 rows_per_step = 16          # global batch in rows = micro_rows * accumulation * ranks
 micro_rows = 0              # rows of one forward pass on one rank, B; lower it if memory runs out; 0: all at once
 mask_documents = False      # True: documents packed in a row do not see each other
-# --- model ---
+# --- model (init_from brings its own) ---
 n_layer = 6                 # blocks
 n_head = 6                  # query heads; each is n_embd / n_head wide
 n_kv_head = 0               # key and value heads, shared by groups of query heads; 0: as many as n_head
@@ -78,7 +80,7 @@ def evaluate(model, rows, token_bytes, run):
     """
     total = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of text, bytes
     for ids_BT, targets_BT, cu_seqlens in rows:
-        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).double().cpu()
+        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).cpu().double()
         bytes_BT = token_bytes[targets_BT.clamp_min(0)] * (targets_BT != -100)
         total += torch.stack([nll_BT.sum(), (targets_BT != -100).sum(), nll_BT[bytes_BT > 0].sum(), bytes_BT.sum()])
     nats, tokens, text_nats, n_bytes = run.total(total).tolist()
@@ -86,48 +88,69 @@ def evaluate(model, rows, token_bytes, run):
 
 
 def main(config):
+    least = dict(max_steps=1, eval_every=1, context=1, rows_per_step=1, micro_rows=0, eval_tokens=0, sample_tokens=0,
+                 seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, spike_factor=1,
+                 beta1=0, beta2=0, momentum=0)
+    for name in (name for name in least if config[name] < least[name]):
+        raise SystemExit(f"pretrain.py: --{name} must be at least {least[name]}, got {config[name]}")
+    if max(beta1, beta2, momentum) >= 1:
+        raise SystemExit(f"pretrain.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
+    if init_from and f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
+        raise SystemExit(f"pretrain.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
+                         "choose another --out_dir")
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_rows or max(1, rows_per_step // run.world_size)
     accumulation, rest = divmod(rows_per_step, micro * run.world_size)
     if rest or not accumulation:
         raise SystemExit(f"pretrain.py: rows_per_step={rows_per_step} is not a multiple of micro_rows * ranks = "
                          f"{micro} * {run.world_size}")
-    if compile not in ("auto", "true", "false"):
-        raise SystemExit(f"pretrain.py: compile must be auto, true or false, got {compile!r}")
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compile not in ("auto", "true", "false") or compile == "true" and not compiler:
+        raise SystemExit("pretrain.py: compile must be auto, true or false, and true needs a C compiler; got "
+                         f"{compile!r} and {'a compiler' if compiler else 'no compiler'}")
 
     # data
+    open_tokens(data, "val")                                # says now what would be wrong at the first evaluation
     tokenizer = Tokenizer.load(data)
     batches = TextBatches(data, "train", rows_per_step, micro, context, seed, run.rank, run.world_size, mask_documents,
                           tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    held = f"{batches.n_tokens:,} tokens of tokenizer {tokenizer.fingerprint}"
+    if run.state and run.state["extra"]["data"] != held:
+        raise SystemExit(f"pretrain.py: --resume=true, but {data} held {run.state['extra']['data']} and now holds "
+                         f"{held}; restore it, or begin a new run")
 
     # model
     if init_from:
-        model = GPT.load(init_from)
-        if model.config.vocab_size < tokenizer.vocab_size:
-            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size} but {data} was "
-                             f"encoded with {tokenizer.vocab_size} tokens; prepare it with --tokenizer={init_from}")
-        model.config.context = context
+        folder = fetch(init_from)
+        model, its = GPT.load(folder), tokenizer
+        if os.path.exists(os.path.join(folder, "tokenizer.json")):
+            its = Tokenizer.load(folder)
+        if its.fingerprint != tokenizer.fingerprint or model.config.vocab_size < tokenizer.vocab_size:
+            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size} and tokenizer "
+                             f"{its.fingerprint}, but {data} was encoded with {tokenizer.vocab_size} tokens of "
+                             f"{tokenizer.fingerprint}; prepare it with --tokenizer={folder}")
+        model.config.context = max(context, model.config.context)
     else:
         model = GPT(Config(-(-tokenizer.vocab_size // 128) * 128, n_layer, n_head, n_kv_head, n_embd, n_hidden=n_hidden,
                            context=context, rope_theta=rope_theta, qk_norm=qk_norm, tied=tied,
                            eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id))
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
-    if compile == "true" or compile == "auto" and run.device.type == "cuda":
+    if compile == "true" or compile == "auto" and run.device.type == "cuda" and compiler and not mask_documents:
         model.compile(dynamic=False)
 
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum,
                           muon_steps, run.dtype)
     run.resume(model, updates)
+    run.extra["data"] = held
     guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     tokens_per_step = rows_per_step * context
     run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
               f"{max_steps} steps of {tokens_per_step:,} tokens = {max_steps / batches.steps_per_epoch:.2f} epochs")
 
     for step in range(run.first_step, max_steps + 1):
-        begin = run.clock()
         done = max(step / max_steps, run.elapsed() / max_seconds if max_seconds else 0)
         stopping = run.stop_requested()
 
@@ -137,9 +160,12 @@ def main(config):
             rows = fixed_rows(data, "val", context, eval_rows, eval_tokens, run.rank, run.world_size, mask_documents,
                               tokenizer)
             val_loss, val_bpb = evaluate(model, rows, token_bytes, run)
-            run.log(step, done, val_loss=val_loss, val_bpb=val_bpb)
-            best = val_loss < run.extra.get("best_val_loss", float("inf"))
-            run.extra.update(best_val_loss=min(val_loss, run.extra.get("best_val_loss", val_loss)), guard=guard.state())
+            if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
+                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb)
+            best = val_loss < run.extra.get("best_val_loss", math.inf)
+            run.extra.update(guard=guard.state(), evaluated=step)
+            if best:
+                run.extra["best_val_loss"] = val_loss
             run.save(model, updates, step, tokenizer, best)
             if sample_tokens and run.is_main:
                 ids = model.sample([tokenizer.eot_id], sample_tokens, stop=tokenizer.eot_id, seed=seed)
@@ -151,6 +177,7 @@ def main(config):
             break
 
         # learning rate
+        begin = run.clock()
         scale = optim.lr_scale(step, done, schedule, warmup_steps, decay_fraction, final_lr)
         for group in updates.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -165,15 +192,16 @@ def main(config):
             loss_sum += nll_BT.detach().sum()
 
         # update
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
-        if guard.accepts(grad_norm):
+        loss = (run.total(loss_sum) / targets_in_step).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        if guard.accepts(loss, grad_norm):
             updates.step()
         updates.zero_grad()
 
         # log the whole step
         tokens_per_second = tokens_per_step / (run.clock() - begin)
         mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
-        run.log(step, done, loss=(run.total(loss_sum) / targets_in_step).item(), grad_norm=grad_norm,
+        run.log(step, done, loss=loss, grad_norm=grad_norm,
                 learning_rate=lr * scale, epoch=batches.epoch(step + 1), num_tokens=(step + 1) * tokens_per_step,
                 tokens_per_second=tokens_per_second, mfu=mfu, skipped_updates=guard.skipped)
 

@@ -1,4 +1,4 @@
-# The race on tinyshakespeare, plain bytes: the best held-out loss in nanoGPT's whole time (runs/race.sh sets max_seconds).
+# The race on tinyshakespeare, plain bytes: the best held-out loss in the time that nanoGPT takes (runs/race.sh).
 context = 64
 rows_per_step = 16
 n_layer = 4

@@ -13,9 +13,10 @@ if [ ! -e $demo/pretrain.txt ]; then
     resume=false
     [ -e $demo/pretrain/resume/state.pt ] && resume=true
     [ $resume = false ] && [ -e $demo/pretrain/log.jsonl ] && overwrite=true
-    python pretrain.py config/demo.py --resume=$resume --overwrite=${overwrite:-false} | tee $demo/pretrain.unfinished
+    python pretrain.py config/demo.py --resume=$resume --overwrite=${overwrite:-false} | tee -i $demo/pretrain.unfinished
     grep -q "held-out text after" $demo/pretrain.unfinished || exit 1      # stopped by hand: the next call goes on
-    sed -n '/sample:/,$p' $demo/pretrain.unfinished | tac | sed '/sample:/q' | tac > $demo/pretrain.txt
+    last=$(grep -n "sample:" $demo/pretrain.unfinished | tail -n 1 | cut -d: -f1)
+    tail -n +"$last" $demo/pretrain.unfinished > $demo/pretrain.txt
     rm $demo/pretrain.unfinished
 fi
 

@@ -18,10 +18,10 @@ SEEDS = (1, 2, 3)
 WORK = "out/race"
 ENTRIES = {     # name: (arguments of data.py, of pretrain.py)
     "bytes": ("--vocab_size=264", "config/race_bytes.py"),
-    "bpe": ("--vocab_size=512", "config/race_bpe.py"),
+    "bpe": ("--vocab_size=1536", "config/race_bpe.py"),
     "minutes, bytes": ("--vocab_size=264", "config/race_minutes.py --max_seconds={seconds}"),
-    "minutes, bpe": ("--vocab_size=512", "config/race_minutes_bpe.py --max_seconds={seconds}"),
-    "gpu": ("--vocab_size=512", "config/race_gpu.py"),
+    "minutes, bpe": ("--vocab_size=1024", "config/race_minutes_bpe.py --max_seconds={seconds}"),
+    "gpu": ("--vocab_size=264", "config/race_gpu.py"),
 }
 NANOGPT = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=100 "
            "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
@@ -59,7 +59,7 @@ def race(name, seed, seconds):
     data, out = f"{WORK}/data", f"{WORK}/{name.replace(', ', '-')}-{seed}"
     shutil.rmtree(data, ignore_errors=True)
     spent = timed(f"data.py --sources={WORK}/train.txt --val_sources={WORK}/val.txt {prepare} --out_dir={data}")
-    train = train.format(seconds=seconds - spent - 5)               # imports, the last evaluation and saving take these
+    train = train.format(seconds=seconds - spent - 4)               # imports, the last evaluation and saving take these
     spent += timed(f"pretrain.py {train} --data={data} --out_dir={out} --seed={seed} --overwrite=true")
     with open(f"{out}/log.jsonl") as log:
         final = [record for record in map(json.loads, log) if "val_bpb" in record][-1]

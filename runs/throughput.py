@@ -28,10 +28,11 @@ def theirs(nanogpt):
     return 8 * 256 / (statistics.median(milliseconds[5:]) / 1000)
 
 
-def ours(flags):
+def ours(flags, metric="tokens_per_second"):
+    """The metric of every step of a run."""
     subprocess.run([sys.executable, *OURS.split(), *flags], check=True, capture_output=True)
     with open(f"{WORK}/model/log.jsonl") as log:
-        return statistics.median([r["tokens_per_second"] for r in map(json.loads, log) if "loss" in r][5:])
+        return [record[metric] for record in map(json.loads, log) if "loss" in record]
 
 
 def main(text_path, nanogpt, rounds=3):
@@ -43,9 +44,18 @@ def main(text_path, nanogpt, rounds=3):
     for i in range(int(rounds)):
         base = theirs(nanogpt)
         muon = ["--dtype=bf16", "--optimizer=muon"]
-        rates = {"bf16": ours(["--dtype=bf16"]), "fp32": ours(["--dtype=fp32"]), "bf16, Muon": ours(muon)}
+        rates = {name: statistics.median(ours(flags)[5:]) for name, flags in
+                 (("bf16", ["--dtype=bf16"]), ("fp32", ["--dtype=fp32"]), ("bf16, Muon", muon))}
         print(f"round {i}: nanoGPT {base:,.0f} tokens/s; " +
               "; ".join(f"{name} {rate:,.0f} = {rate / base:.2f}x" for name, rate in rates.items()), flush=True)
+
+    bf16, fp32, other = (ours([*flags, "--max_steps=60"], "loss") for flags in
+                         (["--dtype=bf16"], ["--dtype=fp32"], ["--dtype=bf16", "--seed=1338"]))
+    for name, losses in ("bf16 and fp32", fp32), ("two seeds", other):
+        apart = [abs(a - b) for a, b in zip(bf16, losses)]
+        print(f"loss curves of {name} over 60 steps: {statistics.mean(apart):.4f} nats apart in the mean, "
+              f"{max(apart):.4f} at most; over the last 20 steps the means differ by "
+              f"{statistics.mean(bf16[-20:]) - statistics.mean(losses[-20:]):+.4f}")
 
 
 if __name__ == "__main__":

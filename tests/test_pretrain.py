@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(folder, whole, tmp
     assert losses(out_dir) == losses(whole[0]) and equal_weights(out_dir, whole[0])
 
 
-def test_two_ranks_equal_one_also_through_resumes_and_accumulation(folder, tmp_path):
+def test_two_ranks_that_accumulate_equal_one_that_does_not(folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = ["--max_steps=12", "--optimizer=muon"]
     assert run(folder, one, *options, "--micro_rows=8").returncode == 0
@@ -202,3 +203,64 @@ def test_a_model_too_small_for_the_datas_tokenizer_is_refused(folder, tmp_path):
     GPT(Config(vocab_size=128, n_layer=1, n_head=2, n_embd=32)).save(str(tmp_path / "small"))
     result = run(folder, tmp_path / "out", f"--init_from={tmp_path / 'small'}")
     assert result.returncode == 1 and "vocab_size 128" in result.stderr and "--tokenizer=" in result.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--micro_rows=-4"], "--micro_rows must be at least 0"),       # else it would run and train nothing
+    (["--grad_clip=-1"], "--grad_clip must be at least 0"),         # else it would climb
+    (["--max_steps=0"], "--max_steps must be at least 1"),
+    (["--beta1=1.5"], "below 1"),
+    (["--device=cuda:x"], "cuda:N"),
+    (["--compile=maybe"], "auto, true or false"),
+], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_values_out_of_range_are_one_sentence(folder, tmp_path, flags, words):
+    result = run(folder, tmp_path / "out", *flags)
+    assert result.returncode == 1 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_held_out_file_that_is_missing_or_cut_is_said_before_training(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "data")
+    os.truncate(broken / "val.h5", os.path.getsize(broken / "val.h5") // 2)
+    result = run(broken, tmp_path / "out")
+    assert result.returncode == 1 and "val.h5 is cut short" in result.stderr and "step" not in result.stdout
+    os.remove(broken / "val.h5")
+    assert "there is no" in run(broken, tmp_path / "out").stderr
+
+
+def test_another_tokenizer_is_refused_and_never_left_beside_new_weights(folder, whole, tmp_path):
+    other = tmp_path / "other"
+    subprocess.run([sys.executable, "data.py", f"--sources={folder.parent}/*.txt", f"--out_dir={other}",
+                    "--vocab_size=264", "--val_fraction=0.2"], cwd=ROOT, check=True, capture_output=True)
+    result = run(other, tmp_path / "out", f"--init_from={whole[0]}")
+    assert result.returncode == 1 and "--tokenizer=" in result.stderr and "Traceback" not in result.stderr
+    out_dir = tmp_path / "replaced"
+    assert run(folder, out_dir, "--max_steps=1").returncode == 0
+    assert run(other, out_dir, "--max_steps=1", "--overwrite=true").returncode == 0
+    assert (out_dir / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+
+
+def test_resume_refuses_other_data_and_says_a_finished_run_once(folder, whole, tmp_path):
+    data, out_dir = shutil.copytree(folder, tmp_path / "data"), tmp_path / "out"
+    assert run(data, out_dir, "--max_steps=4").returncode == 0
+    before = log(out_dir)
+    assert run(data, out_dir, "--max_steps=4", "--resume=true").returncode == 0 and log(out_dir) == before
+    sources = f"--sources={folder.parent}/0.txt,{folder.parent}/1.txt"
+    subprocess.run([sys.executable, "data.py", sources, f"--out_dir={data}", "--vocab_size=300", "--val_fraction=0.2",
+                    "--overwrite=true"], cwd=ROOT, check=True, capture_output=True)
+    result = run(data, out_dir, "--max_steps=4", "--resume=true")
+    assert result.returncode == 1 and "now holds" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_model_is_not_replaced_by_what_starts_from_it(folder, whole):
+    result = run(folder, whole[0], f"--init_from={whole[0]}", "--overwrite=true")
+    assert result.returncode == 1 and "choose another --out_dir" in result.stderr
+    assert (whole[0] / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_is_one_sentence_and_keeps_the_newest_state(folder, tmp_path):
+    out_dir = tmp_path / "full"
+    limited = ["bash", "-c", 'ulimit -f 400; trap "" XFSZ; exec "$0" "$@"', *command(folder, out_dir, "--max_steps=8")]
+    result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "still there" in result.stderr.strip().splitlines()[-1]
