@@ -148,7 +148,8 @@ def main(config):
     guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     tokens_per_step = rows_per_step * context
     run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
-              f"{max_steps} steps of {tokens_per_step:,} tokens = {max_steps / batches.steps_per_epoch:.2f} epochs")
+              f"{batches.steps_per_epoch:,.0f} steps of {tokens_per_step:,} tokens an epoch, " +
+              (f"{max_seconds:g} seconds" if max_seconds else f"{max_steps} steps in all"))
 
     for step in range(run.first_step, max_steps + 1):
         done = max(step / max_steps, run.elapsed() / max_seconds if max_seconds else 0)
@@ -201,9 +202,9 @@ def main(config):
         # log the whole step
         tokens_per_second = tokens_per_step / (run.clock() - begin)
         mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
-        run.log(step, done, loss=loss, grad_norm=grad_norm,
-                learning_rate=lr * scale, epoch=batches.epoch(step + 1), num_tokens=(step + 1) * tokens_per_step,
-                tokens_per_second=tokens_per_second, mfu=mfu, skipped_updates=guard.skipped)
+        run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
+                num_tokens=(step + 1) * tokens_per_step, tokens_per_second=tokens_per_second, mfu=mfu,
+                skipped_updates=guard.skipped)
 
     run.finish()
     if done < 1:
