@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "compile", "report_to", "curves")
 
+NOT_SHOWN = ("epoch", "num_tokens", "mfu")          # on the console; log.jsonl has everything
+
 
 def write_atomic(path, content):
     """Writes bytes, or whatever the function `content(file)` writes, to `path`, so that a kill at any moment leaves
@@ -193,7 +195,8 @@ class Run:
         changed = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in {**before, **now}
                    if name not in MAY_CHANGE_ON_RESUME and before.get(name) != now.get(name)]
         if changed:
-            raise ValueError(f"--resume=true needs the options of the run in {self.out_dir}, but {'; '.join(changed)}")
+            raise ValueError(f"--resume=true needs the options of the run in {self.out_dir}, but {'; '.join(changed)}; "
+                             "to train a finished model further, begin a new run with --init_from")
         return state
 
     def resume(self, model, optimizer):
@@ -207,12 +210,14 @@ class Run:
         if self.is_main:
             if self.state is not None:
                 truncate(self.path("log.jsonl"), self.state["log_size"])    # what came after is written again
-            else:                                   # overwrite=true: nothing was deleted until here
-                for name in ("resume", "best", "model.safetensors", "curves.png", "log.jsonl"):
-                    path = self.path(name)
-                    shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
+            elif os.path.exists(self.path("model.safetensors")):    # overwritten: aside until the new run's first save
+                shutil.rmtree(self.path("replaced"), ignore_errors=True)
+                os.makedirs(self.path("replaced"))
+                for name in ("resume", "best", "curves.png", "log.jsonl", "model.safetensors"):
+                    if os.path.exists(self.path(name)):
+                        os.replace(self.path(name), self.path("replaced", name))
             write_atomic(self.path("options.json"), json.dumps(self.config, indent=2).encode())
-            self.log_file = open(self.path("log.jsonl"), "a", encoding="utf-8")
+            self.log_file = open(self.path("log.jsonl"), "a" if self.state else "w", encoding="utf-8")
             if sys.stderr.isatty():
                 from tqdm import tqdm
                 bar = "{percentage:3.0f}% {bar} {elapsed} gone, {postfix}"
@@ -234,6 +239,7 @@ class Run:
                          rng=torch.get_rng_state(), options=self.config, dtype=str(self.dtype),
                          log_size=self.log_file.tell(), elapsed=self.clock())
             write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
+            shutil.rmtree(self.path("replaced"), ignore_errors=True)
         self.barrier()
 
     # --- ranks ---
@@ -300,8 +306,8 @@ class Run:
         if self.tracker:
             self.tracker(step, metrics)
         now, left = self.clock(), ""
-        if done:
-            seconds = int(now * (1 - done) / done)
+        if done and (done > 0.01 or now > 3):       # the first steps tell little
+            seconds = int(max(0, now * (1 - done) / done))
             left = f"{seconds // 60}:{seconds % 60:02d} left"
         if self.bar:
             self.bar.n = int(1000 * (done or 0))
@@ -310,7 +316,9 @@ class Run:
             return
         self.last_line = now
         self.log_file.flush()
-        line = f"step {step:>5} | " + " | ".join(f"{name} {shorten(value)}" for name, value in metrics.items())
+        hidden = NOT_SHOWN if metrics.get("skipped_updates") else (*NOT_SHOWN, "skipped_updates")
+        shown = (f"{name} {shorten(value)}" for name, value in metrics.items() if name not in hidden)
+        line = " | ".join([f"step {step:>5}", *shown])
         self.print(line + (f" | {left}" if left else ""))
 
     def finish(self):

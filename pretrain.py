@@ -57,7 +57,7 @@ muon_steps = 5              # of Muon's iteration: 5, or 4, which is cheaper and
 grad_clip = 1.0             # largest gradient norm; 0: no clipping
 # --- schedule ---
 max_steps = 1000            # optimizer updates; the decay ends here
-max_seconds = 0.0           # end the decay and the run after this many seconds instead, if that comes first; 0: never
+max_seconds = 0.0           # end decay and training after this many seconds, if that comes first; evaluation follows
 schedule = "wsd"            # wsd (warmup, stable, linear decay), cosine or constant
 warmup_steps = 20           # linear warmup
 decay_fraction = 0.6        # share of the run that wsd's decay takes
@@ -90,9 +90,13 @@ def evaluate(model, rows, token_bytes, run):
 def main(config):
     least = dict(max_steps=1, eval_every=1, context=1, rows_per_step=1, micro_rows=0, eval_tokens=0, sample_tokens=0,
                  seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, spike_factor=1,
-                 beta1=0, beta2=0, momentum=0)
+                 beta1=0, beta2=0, momentum=0, warmup_steps=0, decay_fraction=0, final_lr=0, rope_theta=1,
+                 spike_patience=1)
     for name in (name for name in least if config[name] < least[name]):
         raise SystemExit(f"pretrain.py: --{name} must be at least {least[name]}, got {config[name]}")
+    if report_to not in ("", "wandb", "tensorboard"):
+        raise SystemExit(f"pretrain.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
+    optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
     if max(beta1, beta2, momentum) >= 1:
         raise SystemExit(f"pretrain.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
     if init_from and f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):

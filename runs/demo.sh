@@ -23,4 +23,5 @@ fi
 echo
 echo "the base model in $demo/pretrain writes:"
 cat $demo/pretrain.txt
-echo "the curves are in $demo/pretrain/curves.png; every option: python pretrain.py --help"
+echo "the curves are in $demo/pretrain/curves.png; to train it again, delete $demo"
+echo "every option: source .venv/bin/activate; python pretrain.py --help"

@@ -41,4 +41,6 @@ def main(gigabytes, *files):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: bash runs/prepare.sh GIGABYTES FILE.jsonl[.gz] ...")
     main(*sys.argv[1:])

@@ -94,4 +94,6 @@ def main(text_path, nanogpt, *wanted):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: bash runs/race.sh TEXT NANOGPT [ENTRY ...]")
     main(*sys.argv[1:])

@@ -59,4 +59,6 @@ def main(text_path, nanogpt, rounds=3):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: bash runs/throughput.sh TEXT NANOGPT [ROUNDS]")
     main(*sys.argv[1:])

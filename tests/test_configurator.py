@@ -171,7 +171,7 @@ def test_an_unknown_name_in_a_config_names_the_file_and_the_nearest_option(folde
 
 def test_a_flag_without_a_value_says_how_to_write_one(folder):
     assert "--steps=10" in sentence(run(folder, "--steps", "3"))
-    assert "--fast=false" in sentence(run(folder, "--fast"))
+    assert "--fast=true" in sentence(run(folder, "--fast"))
 
 
 def test_a_missing_config_file_names_the_nearest_one(folder):

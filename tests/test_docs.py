@@ -56,3 +56,9 @@ def test_every_file_of_the_readme_exists_and_every_file_is_in_the_readme():
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         listed = set(re.findall(r"^\| `([\w./]+\.py)` \|", f.read(), re.M))
     assert listed == {name for name in os.listdir(ROOT) if name.endswith(".py")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_figure_is_left_open(page):
+    with open(os.path.join(ROOT, page), encoding="utf-8") as f:
+        assert not re.search(r"@[A-Z_]+@|PLACEHOLDER|TODO", f.read())

@@ -251,6 +251,29 @@ def test_resume_refuses_other_data_and_says_a_finished_run_once(folder, whole, t
     assert result.returncode == 1 and "now holds" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("flags", [["--schedule=linear"], ["--report_to=nowhere"], ["--optimizer=sgd"], ["--n_head=5"],
+                                   ["--muon_steps=7"], ["--data=absent"]], ids=lambda flags: flags[0])
+def test_a_mistake_together_with_overwrite_leaves_the_old_run_as_it_was(folder, whole, flags):
+    before = {name: os.path.getsize(whole[0] / name) for name in ("model.safetensors", "log.jsonl", "resume/state.pt")}
+    result = run(folder, whole[0], "--overwrite=true", *flags)
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+    assert before == {name: os.path.getsize(whole[0] / name) for name in before}
+
+
+def test_a_run_that_dies_before_its_first_save_leaves_the_one_it_replaces(folder, tmp_path):
+    out_dir = tmp_path / "out"
+    assert run(folder, out_dir, "--max_steps=1").returncode == 0
+    endless = command(folder, out_dir, "--overwrite=true", "--max_steps=100000", "--eval_every=100000")
+    process = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out_dir / "replaced" / "log.jsonl").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert (out_dir / "replaced" / "model.safetensors").exists()
+    assert run(folder, out_dir, "--schedule=cosine", "--max_steps=1", "--overwrite=true").returncode == 0
+    assert not (out_dir / "replaced").exists()
+
+
 def test_a_model_is_not_replaced_by_what_starts_from_it(folder, whole):
     result = run(folder, whole[0], f"--init_from={whole[0]}", "--overwrite=true")
     assert result.returncode == 1 and "choose another --out_dir" in result.stderr
