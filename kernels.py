@@ -31,7 +31,7 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
     allowed = None if cu_seqlens is None and not window else visible(B, T, cu_seqlens, window, q.device)
     if impl == "auto":
-        # on CPU torch's fused backward loses to plain products up to these lengths (docs/benchmarks.md)
+        # on CPU torch's fused backward loses to plain products up to these lengths (docs/log.md)
         short = T <= (512 if q.dtype == torch.bfloat16 else 128)
         impl = "plain" if q.device.type == "cpu" and short else "sdpa"
     if impl == "sdpa":

@@ -127,6 +127,32 @@ def test_resume_without_a_state_or_with_other_options_names_them(start):
     start(resume=True, device="auto")               # does not change the numbers' meaning
 
 
+def test_a_log_that_somebody_shortened_is_refused_not_filled_with_zeros(start, tmp_path):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    run = start()
+    run.resume(model, optimizer)
+    run.log(0, loss=1.0)
+    run.save(model, optimizer, step=1)
+    run.finish()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="shorter than when the state"):
+        start(resume=True).resume(model, optimizer)
+
+
+def test_random_numbers_go_on_where_the_saved_state_stood(start):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    run = start()
+    run.resume(model, optimizer)
+    torch.rand(7)
+    run.save(model, optimizer, step=1)
+    expected = torch.rand(3)
+    run.finish()
+    start(resume=True).resume(model, optimizer)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_damaged_state_is_one_sentence(start, tmp_path):
     os.makedirs(tmp_path / "run" / "resume")
     (tmp_path / "run" / "resume" / "state.pt").write_bytes(b"PK\x03\x04 cut short")
