@@ -7,7 +7,9 @@ transformers and vLLM as it is.
 Shapes: B sequences, T tokens, C channels, H query heads, K key heads, D head width, V vocabulary.
 """
 import dataclasses
+import functools
 import json
+import math
 import os
 
 import torch
@@ -34,8 +36,10 @@ class Config:
     qk_norm: bool = True            # True: Qwen3; False: Llama
     tied: bool = False              # the head is the embedding's own matrix
     norm_eps: float = 1e-6
-    eos_id: int | None = None
+    eos_id: int | None = None       # ends a text
+    end_ids: tuple = ()             # more ids that end an answer: <|im_end|>, once trained with the chat template
     pad_id: int | None = None
+    rope_scaling: dict | None = None    # Llama 3's stretched rotary frequencies: see rope_frequencies
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -53,6 +57,11 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head width, got n_embd / n_head = {self.head_dim}")
 
+    @property
+    def stop_ids(self):
+        """The ids that end an answer."""
+        return tuple(dict.fromkeys(i for i in (self.eos_id, *self.end_ids) if i is not None))
+
     def n_params(self, embeddings=True):
         """The number of parameters in closed form; without embeddings: the matrices of the blocks and the head."""
         C, D = self.n_embd, self.head_dim
@@ -69,25 +78,29 @@ class Config:
 
     def to_hf(self):
         """The dictionary of Hugging Face's config.json."""
+        scaling = {"rope_scaling": {"rope_type": "llama3", **self.rope_scaling}} if self.rope_scaling else {}
         return {"architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
                 "model_type": "qwen3" if self.qk_norm else "llama",
                 "vocab_size": self.vocab_size, "hidden_size": self.n_embd, "intermediate_size": self.n_hidden,
                 "num_hidden_layers": self.n_layer, "num_attention_heads": self.n_head,
                 "num_key_value_heads": self.n_kv_head, "head_dim": self.head_dim, "hidden_act": "silu",
-                "max_position_embeddings": self.context, "rope_theta": self.rope_theta, "rms_norm_eps": self.norm_eps,
+                "max_position_embeddings": self.context, "rope_theta": self.rope_theta, **scaling,
+                "rms_norm_eps": self.norm_eps,
                 "tie_word_embeddings": self.tied, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
                 "use_sliding_window": False, "initializer_range": 0.02, "use_cache": True,
                 "bos_token_id": self.eos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id,
                 "dtype": "float32", "torch_dtype": "float32"}
 
     @classmethod
-    def from_hf(cls, hf, path):
-        """The Config of a config.json's dictionary; ValueError for a model that this Transformer does not compute."""
+    def from_hf(cls, hf, path, generation=None):
+        """The Config of a config.json's dictionary, with the end ids of a generation_config.json's; ValueError for a
+        model that this Transformer does not compute."""
         kind = hf.get("model_type") if isinstance(hf, dict) else None
         if kind not in ("llama", "qwen3"):
             raise ValueError(f"{path}/config.json is of model type {kind!r}; model.py computes llama and qwen3 alone")
         rope = {**(hf.get("rope_parameters") or {}), **(hf.get("rope_scaling") or {})}
-        odd = {"rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        scaled = rope.get("rope_type", rope.get("type", "default"))
+        odd = {"rope_scaling": scaled not in ("default", "llama3"),
                "hidden_act": hf.get("hidden_act", "silu") != "silu", "attention_bias": hf.get("attention_bias", False),
                "mlp_bias": hf.get("mlp_bias", False), "use_sliding_window": hf.get("use_sliding_window", False)}
         for name in (name for name, refused in odd.items() if refused):
@@ -97,16 +110,22 @@ class Config:
             if not isinstance(hf.get(name, 1), int):
                 raise ValueError(f"{path}/config.json has {name}={hf[name]!r}, which is not a whole number")
         try:
-            eos = hf.get("eos_token_id")
+            eos, *ends = as_list(hf.get("eos_token_id")) or [None]
+            ends += [i for i in as_list((generation or {}).get("eos_token_id")) if i not in (eos, *ends)]
+            scaling = {name: rope[name] for name in LLAMA3_ROPE} if scaled == "llama3" else None
             return cls(vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                        n_kv_head=hf.get("num_key_value_heads") or 0, n_embd=hf["hidden_size"],
                        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else 0), n_hidden=hf["intermediate_size"],
                        context=hf["max_position_embeddings"], qk_norm=kind == "qwen3",
                        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
                        tied=hf.get("tie_word_embeddings", False), norm_eps=hf["rms_norm_eps"],
-                       eos_id=eos[0] if isinstance(eos, list) else eos, pad_id=hf.get("pad_token_id"))
+                       eos_id=eos, end_ids=tuple(ends), pad_id=hf.get("pad_token_id"), rope_scaling=scaling)
         except KeyError as missing:
             raise ValueError(f"{path}/config.json has no {missing}") from None
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class Linear(nn.Linear):
@@ -141,11 +160,12 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(D, config.norm_eps), Norm(D, config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, cos, sin, cu_seqlens):
+    def forward(self, x, cos, sin, cu_seqlens, attend):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)                               # (B, T, H, D), (B, T, K, D)
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, k, v) if attend else attention(q, k, v, cu_seqlens)
         return self.o_proj(out.flatten(2))
 
 
@@ -169,8 +189,8 @@ class Block(nn.Module):
         self.input_layernorm = Norm(config.n_embd, config.norm_eps)
         self.post_attention_layernorm = Norm(config.n_embd, config.norm_eps)
 
-    def forward(self, x, cos, sin, cu_seqlens):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
+    def forward(self, x, cos, sin, cu_seqlens, attend=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -184,21 +204,41 @@ class Backbone(nn.Module):
         self.dtype = torch.float32              # of the activations and products; weights stay fp32
         self.checkpointing = False              # recompute each block in backward: less memory, a third more time
 
-    def forward(self, ids, cu_seqlens=None):
+    def forward(self, ids, cu_seqlens=None, positions=None, attend=None):
+        """Final hidden states (B, T, C). A cache gives the tokens' positions (B, T) and attend(layer, q, k, v), which
+        then stands for attention (engine.py)."""
         x = F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
-        cos, sin = rope(ids.size(1), self.config.head_dim, self.config.rope_theta, ids.device, self.dtype)
-        for layer in self.layers:
+        if positions is None:
+            positions = torch.arange(ids.size(1), device=ids.device)
+        cos, sin = rope(positions, self.config, self.dtype)
+        for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens)
+                x = layer(x, cos, sin, cu_seqlens, attend and functools.partial(attend, i))
         return self.norm(x)
 
 
-def rope(T, D, theta, device, dtype):
-    """cos and sin of every position's angles, each (T, 1, D); angles in fp32."""
-    frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
-    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency).repeat(1, 2).unsqueeze(1)
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope_frequencies(config, device):
+    """(D/2,) radians a token: theta^(-2d/D). With rope_scaling (Llama 3.1, arXiv:2407.21783, as in transformers) the
+    wavelengths that are long against the original context are stretched by `factor`, those between blended."""
+    D = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    if config.rope_scaling:
+        factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_ROPE)
+        turns = original * frequency / (2 * math.pi)            # within the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    return frequency
+
+
+def rope(positions, config, dtype):
+    """cos and sin of the angles at `positions` (...), each (..., 1, D); angles in fp32."""
+    angle = positions.unsqueeze(-1).float() * rope_frequencies(config, positions.device)
+    angle = angle.repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -239,56 +279,95 @@ class GPT(nn.Module):
         """(..., V) fp32 logits of final hidden states."""
         return self.lm_head(hidden).float()
 
-    @torch.no_grad()
-    def sample(self, ids, n_tokens, temperature=0.8, seed=0, stop=None):
-        """The list `ids` continued by up to n_tokens sampled ones or until `stop`: one row, no cache, for a look."""
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(n_tokens):
-            window = torch.tensor([ids[-self.config.context:]], device=self.lm_head.weight.device)
-            logits = self.logits(self.forward_hidden(window)[0, -1]).cpu()
-            if self.config.pad_id is not None:
-                logits[self.config.pad_id] = -torch.inf
-            ids = ids + [torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).item()]
-            if ids[-1] == stop:
-                break
-        return ids
-
     def save(self, directory):
         """Writes model.safetensors (fp32), config.json and generation_config.json, each atomically."""
-        from safetensors.torch import save
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = self.state_dict()
         if self.config.tied:
             del weights["lm_head.weight"]
         config = self.config.to_hf()
         generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        for name, content in ("config.json", config), ("generation_config.json", generation):
-            common.write_atomic(os.path.join(directory, name), json.dumps(content, indent=2).encode())
-        common.write_atomic(os.path.join(directory, "model.safetensors"), save(weights, metadata={"format": "pt"}))
+        if self.config.end_ids:
+            generation["eos_token_id"] = [*self.config.end_ids, self.config.eos_id]
+        write_model(directory, weights, config, generation)
 
     @classmethod
     def load(cls, path):
         """The model in a directory in the Hugging Face layout (ours, or any local Llama or Qwen3; "hub:ORG/NAME"
-        fetches one), as fp32 on the CPU. ValueError on missing or unknown weights or other shapes."""
-        path = fetch(path)
-        config = Config.from_hf(read_json(os.path.join(path, "config.json")), path)
+        fetches one), as fp32 on the CPU. ValueError on missing, unknown or non-finite weights or other shapes."""
+        config, weights, path = read_model(path)
         with torch.device("meta"):
             model = cls(config)
-        weights = read_weights(path)
         if config.tied:
             stored = next((name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in weights), None)
             if stored:
                 weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = weights[stored]
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()
-                 if not name.endswith("rotary_emb.inv_freq")}
-        if wanted != found:
-            name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
-            raise ValueError(f"the weights in {path} do not fit its config.json: {name} should be "
-                             f"{wanted.get(name, 'absent')} and is {found.get(name, 'absent')}")
-        model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
+        fill(model, weights, path)
         if config.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+class ScalarHead(nn.Module):
+    """One number per token from the same Transformer: a reward or a value. Hugging Face's ...ForSequenceClassification
+    with one label, which reads the number at the last token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.score = Linear(config.n_embd, 1)
+
+    def forward(self, ids, cu_seqlens=None):
+        """(B, T) fp32."""
+        return self.score(self.model(ids, cu_seqlens)).squeeze(-1).float()
+
+    def save(self, directory):
+        """Writes model.safetensors (fp32) and config.json, each atomically."""
+        config = self.config.to_hf()
+        kind = config["architectures"][0].replace("CausalLM", "SequenceClassification")
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        write_model(directory, self.state_dict(), {**config, "architectures": [kind], **labels})
+
+    @classmethod
+    def load(cls, path):
+        """The head in a directory of a ...ForSequenceClassification with one label; fails as GPT.load does."""
+        config, weights, path = read_model(path)
+        with torch.device("meta"):
+            model = cls(config)
+        return fill(model, weights, path)
+
+
+def write_model(directory, weights, config, generation=None):
+    from safetensors.torch import save
+    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    for name, content in ("config.json", config), ("generation_config.json", generation):
+        if content:
+            common.write_atomic(os.path.join(directory, name), json.dumps(content, indent=2).encode())
+    common.write_atomic(os.path.join(directory, "model.safetensors"), save(weights, metadata={"format": "pt"}))
+
+
+def read_model(path):
+    """(Config, {name: tensor}, local path) of a model directory."""
+    path = fetch(path)
+    generation = os.path.join(path, "generation_config.json")
+    generation = read_json(generation) if os.path.exists(generation) else None
+    return Config.from_hf(read_json(os.path.join(path, "config.json")), path, generation), read_weights(path), path
+
+
+def fill(model, weights, path):
+    """The model with these weights, as fp32; ValueError unless they are exactly its own, and finite."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if wanted != found:
+        name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+        raise ValueError(f"the weights in {path} do not fit its config.json: {name} should be "
+                         f"{wanted.get(name, 'absent')} and is {found.get(name, 'absent')}")
+    for name in wanted:
+        if not weights[name].sum().isfinite() and not weights[name].isfinite().all():
+            raise ValueError(f"the weights in {path} are damaged: {name} holds {(~weights[name].isfinite()).sum()} "
+                             "values that are not finite; go back to an earlier state")
+    model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
+    return model
 
 
 def fetch(path):

@@ -13,6 +13,7 @@ import shutil
 import torch
 
 import common
+import engine
 import optim
 from configurator import configure
 from data import TextBatches, fixed_rows, open_tokens
@@ -173,8 +174,9 @@ def main(config):
                 run.extra["best_val_loss"] = val_loss
             run.save(model, updates, step, tokenizer, best)
             if sample_tokens and run.is_main:
-                ids = model.sample([tokenizer.eot_id], sample_tokens, stop=tokenizer.eot_id, seed=seed)
-                run.print("  sample: " + tokenizer.decode(ids[1:]).replace("\n", "\n  | "))
+                [sample] = engine.generate(model, [[tokenizer.eot_id]], max_new_tokens=sample_tokens, temperature=0.8,
+                                           seed=seed, overflow="slide")
+                run.print("  sample: " + tokenizer.decode(sample.tokens).replace("\n", "\n  | "))
         elif stopping:
             run.extra.update(guard=guard.state())
             run.save(model, updates, step, tokenizer)

@@ -11,7 +11,8 @@ import configurator
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": set(), "common": set(), "sources": set(),
-         "model": {"kernels", "common"}, "data": {"configurator", "tokenizer", "common", "sources"}}
+         "model": {"kernels", "common"}, "engine": {"kernels", "model"},
+         "data": {"configurator", "tokenizer", "common", "sources"}}
 STAGES = {"pretrain"}           # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
