@@ -1,9 +1,10 @@
-"""Byte-level BPE: train one, or read GPT-2's or Hugging Face's; text to ids and back.
+"""Byte-level BPE: train one, or read GPT-2's or Hugging Face's; text and chats to ids and back.
 
     tok = Tokenizer.train(texts, vocab_size=4096)    # texts: any iterable of str, for instance a generator over files
     tok.save("out/tokenizer")                        # the Hugging Face layout: transformers and vLLM open it
     tok = Tokenizer.load("out/tokenizer")
     tok.decode(tok.encode("hello")) == "hello"
+    ids, mask = tok.encode_chat([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
 
 Three steps: a regular expression splits the text into short pieces, a piece becomes its UTF-8 bytes, and the learned
 merges join neighbouring bytes, earliest merge first, until none applies (Sennrich et al. 2016, arXiv:1508.07909; on
@@ -28,6 +29,16 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<answer>", "</answer>")
+MARKS = SPECIALS[4:]                            # the specials that an assistant writes
+ROLES = ("system", "user", "assistant")
+# ChatML, as Jinja for others; `generation` tells transformers what encode_chat's mask says. Newlines are written as
+# expressions because those after a block are dropped.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 # GPT-4's way of splitting, with two changes: digits in groups of at most 2, and no run longer than 32 characters. The
 # bound makes encoding linear in the text (merging a piece of n bytes takes n log n, and tiktoken's regex engine gives
@@ -49,6 +60,7 @@ TIKTOKEN_SPLITS = (SPLIT, GPT2_SPLIT, GPT4_SPLIT, QWEN_SPLIT)
 KEEP_MATCHES = (("Isolated", False), ("Removed", True))     # "behavior" and "invert" of a Split
 NFC = {"type": "NFC"}
 
+CONFIG_FILES = ("tokenizer_config.json", "chat_template.jinja")     # newer transformers keep the template apart
 CHUNK = 1 << 16                                 # characters handed to a thread at a time
 BETWEEN_TEXTS = "<|zero2chat: next text|>"      # joins the texts of a chunk; in no vocabulary
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>")
@@ -70,8 +82,8 @@ class Tokenizer:
     """
 
     def __init__(self, files):
-        """`files`: the contents, by name, of tokenizer.json and, if there is one, of tokenizer_config.json."""
-        self._files = {name: files[name] for name in ("tokenizer.json", "tokenizer_config.json") if name in files}
+        """`files`: the contents, by name, of tokenizer.json and, if there are such, of the CONFIG_FILES."""
+        self._files = {name: files[name] for name in ("tokenizer.json", *CONFIG_FILES) if name in files}
         self._config = _parse_json(files, "tokenizer_config.json")
         self._spec = {"normalizer": None, "pre_tokenizer": None, **_parse_json(files, "tokenizer.json")}
         _refuse_other_kinds(self._spec)
@@ -134,8 +146,7 @@ class Tokenizer:
         found = next((names for names in sources if all((folder / name).is_file() for name in names)), None)
         if found is None:
             raise ValueError(f"{path} holds no tokenizer: looked for {' or '.join(map(' with '.join, sources))}")
-        files = {name: (folder / name).read_bytes() for name in [*found, "tokenizer_config.json"]
-                 if (folder / name).is_file()}
+        files = {name: (folder / name).read_bytes() for name in [*found, *CONFIG_FILES] if (folder / name).is_file()}
         try:
             return cls({**files, "tokenizer.json": files[found[0]] if len(found) == 1 else _gpt2_json(files, *found)})
         except Exception as error:      # `tokenizers` raises nothing more precise
@@ -143,10 +154,10 @@ class Tokenizer:
             raise ValueError(f"{path} cannot be used: {reason}") from error
 
     def save(self, directory):
-        """Writes tokenizer.json and tokenizer_config.json; what was loaded is written back byte for byte."""
+        """Writes tokenizer.json and tokenizer_config.json, its chat template in it; what was loaded, byte for byte."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                   "eos_token": self._special_text(END_OF_TEXT, "eos_token"),
-                  "pad_token": self._special_text(PADDING, "pad_token")}
+                  "pad_token": self._special_text(PADDING, "pad_token"), "chat_template": self.chat_template}
         files = {"tokenizer_config.json": json.dumps(config, indent=2).encode(), **self._files}
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -248,6 +259,52 @@ class Tokenizer:
                                      special_tokens={BETWEEN_TEXTS: len(ranks)})
         return encoding, np.array([*(vocab[text] for text in texts), 0], self._dtype)
 
+    # --- chats to ids ---
+
+    def encode_chat(self, messages, open_answer=False):
+        """(ids, mask) of [{"role": ..., "content": ...}, ...] in ChatML, the format of `chat_text`.
+
+        mask is 1 on what the assistant wrote and its <|im_end|>: what is trained on. With open_answer the ids end where
+        an answer begins. <think> </think> <answer> </answer> of the assistant become specials; all else stays text.
+        What the assistant wrote is encoded on its own, so that no piece spans what is given and what is generated.
+        """
+        marks = [mark for mark in MARKS if mark in self.specials]
+        ids, mask = [], []
+
+        def add(new, trained=0):
+            ids.extend(new)
+            mask.extend([trained] * len(new))
+
+        for role, content in self._checked(messages):
+            given, trained = (f"{role}\n", 1) if role == "assistant" else (f"{role}\n{content}", 0)
+            add([self.specials["<|im_start|>"], *self.encode(given)])
+            for part in re.split(f"({'|'.join(marks) or '(?!)'})", content) if trained else ():
+                add([self.specials[part]] if part in marks else self.encode(part), trained)
+            add([self.chat_end_id], trained)
+            add(self.encode("\n"))
+        if open_answer:
+            add([self.specials["<|im_start|>"], *self.encode("assistant\n")])
+        return ids, mask
+
+    def chat_text(self, messages, open_answer=False):
+        """The text of messages, as transformers' apply_chat_template gives it: ChatML."""
+        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in self._checked(messages))
+        return text + "<|im_start|>assistant\n" * open_answer
+
+    def _checked(self, messages):
+        """[(role, content), ...]; ValueError if that is not what the messages are, or the tokenizer has no ChatML."""
+        if self.chat_end_id is None:
+            raise ValueError(f"the tokenizer has no chat template: its specials {sorted(self.specials)} lack "
+                             "<|im_start|> or <|im_end|>")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"a chat is a list of at least one message, got {messages!r}")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+                raise ValueError(f"a message is a role and its content, a text, got {message!r}")
+            if message.get("role") not in ROLES:
+                raise ValueError(f"a role is one of {', '.join(ROLES)}, got {message.get('role')!r}")
+        return [(message["role"], message["content"]) for message in messages]
+
     # --- ids to text ---
 
     def decode(self, ids):
@@ -279,6 +336,17 @@ class Tokenizer:
     def pad_id(self):
         """The id of the padding token; None if there is none."""
         return self.specials.get(self._special_text(PADDING, "pad_token"))
+
+    @property
+    def chat_end_id(self):
+        """The id of <|im_end|>, which ends a message of a chat; None if the tokenizer has no such chats."""
+        return self.specials.get("<|im_end|>") if "<|im_start|>" in self.specials else None
+
+    @property
+    def chat_template(self):
+        """How messages become text, in Jinja: the file's own, else CHAT_TEMPLATE; None if it has no specials for it."""
+        own = self._files.get("chat_template.jinja", b"").decode() or self._config.get("chat_template")
+        return own or (CHAT_TEMPLATE if self.chat_end_id is not None else None)
 
     def _special_text(self, usual, config_key):
         named = self._config.get(config_key)

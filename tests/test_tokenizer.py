@@ -504,3 +504,100 @@ def test_bytes_that_a_foreign_vocabulary_lacks_become_its_unknown_token(foreign)
                            added=[("<unk>", True)])
     assert tok._tiktoken is None
     assert_same_ids(tok, ["a👍b"], reference_ids(content, ["a👍b"]))
+
+
+# --- chats ---
+
+CHAT = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": "\n日本 é?  "},
+        {"role": "assistant", "content": "<think>\nhm</think>\n\n<answer>4</answer>"}, {"role": "user", "content": ""},
+        {"role": "assistant", "content": ""}, {"role": "assistant", "content": "\n again"}]
+
+
+def test_a_chat_is_chatml_and_its_mask_what_the_assistant_wrote(tok):
+    ids, mask = tok.encode_chat(CHAT)
+    assert tok.decode(ids) == tok.chat_text(CHAT) == (
+        "<|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\n\n日本 é?  <|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nhm</think>\n\n<answer>4</answer><|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>assistant\n\n again<|im_end|>\n")
+    assert len(ids) == len(mask) and {*mask} == {0, 1}
+    runs = itertools.groupby(zip(ids, mask), lambda pair: pair[1])
+    written = [[id for id, _ in run] for trained, run in runs if trained]
+    assert [tok.decode(run) for run in written] == [
+        "<think>\nhm</think>\n\n<answer>4</answer><|im_end|>", "<|im_end|>", "\n again<|im_end|>"]
+    assert written[1] == [tok.chat_end_id] == [tok.specials["<|im_end|>"]]
+
+
+def test_an_open_answer_is_where_the_answer_begins(tok):
+    # what training puts before an answer is what generation gives, to the id, whatever the answer begins with
+    for answer in ("4", "\n\n4", " 4", "<think>4</think>", ""):
+        messages = [CHAT[1], {"role": "assistant", "content": answer}]
+        given, mask = tok.encode_chat(messages[:1], open_answer=True)
+        ids, trained = tok.encode_chat(messages)
+        assert ids[:len(given)] == given and not any(mask) and trained == mask + [1] * (len(ids) - len(given) - 1) + [0]
+        assert tok.decode(given) == tok.chat_text(messages[:1], open_answer=True)
+
+
+def test_transformers_gives_the_same_chat_text_ids_and_mask(tok, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    tok.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == tok.chat_template
+    for messages in (CHAT, CHAT[1:3], CHAT[1:2]):
+        for open_answer in (False, True):
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+            assert text == tok.chat_text(messages, open_answer)
+    encoded = theirs.apply_chat_template(CHAT[:5], return_dict=True, return_assistant_tokens_mask=True)
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == tok.encode_chat(CHAT[:5])
+
+
+def test_only_the_assistants_own_marks_become_specials(tok):
+    spelled = "".join(SPECIALS)
+    for role in module.ROLES:
+        ids, _ = tok.encode_chat([{"role": role, "content": spelled}])
+        names = [text for id in ids for text, special in tok.specials.items() if id == special]
+        assert names == ["<|im_start|>", *(module.MARKS if role == "assistant" else []), "<|im_end|>"]
+        assert spelled in tok.decode(ids)
+
+
+def test_marks_that_a_foreign_tokenizer_lacks_are_text(foreign):
+    tok, content = foreign()
+    added = [token for token in json.loads(content)["added_tokens"] if "answer" not in token["content"]]
+    tok, _ = foreign(added_tokens=added)
+    ids, mask = tok.encode_chat([{"role": "assistant", "content": "<think>x</think><answer>4</answer>"}])
+    begin = 1 + len(tok.encode("assistant\n"))
+    assert ids[begin:-1 - len(tok.encode("\n"))] == [
+        tok.specials["<think>"], *tok.encode("x"), tok.specials["</think>"], *tok.encode("<answer>4</answer>")]
+    assert ids[begin - 1:begin] == tok.encode("\n") and sum(mask) == len(ids) - begin - 1
+
+
+@pytest.mark.parametrize("messages, reason", [
+    ([], r"at least one message, got \[\]"), ("hello", "at least one message, got 'hello'"),
+    (["hello"], "a role and its content, a text, got 'hello'"), ([{"role": "user"}], "a role and its content, a text"),
+    ([{"role": "user", "content": ["x"]}], "a text, got .*'x'"), ([{"content": "x"}], "system, user, .*got None"),
+    ([CHAT[0], {"role": "tool", "content": "x"}], "one of system, user, assistant, got 'tool'")])
+def test_what_is_no_chat_is_refused_in_one_sentence(tok, messages, reason):
+    for function in (tok.encode_chat, tok.chat_text):
+        with pytest.raises(ValueError, match=rf"^a [^\n]*{reason}[^\n]*$"):
+            function(messages)
+
+
+def test_a_tokenizer_without_chatml_has_no_chats(foreign):
+    tok, content = foreign()
+    for without in ("<|im_start|>", "<|im_end|>"):
+        tok, _ = foreign(added_tokens=[token for token in json.loads(content)["added_tokens"]
+                                       if token["content"] != without])
+        assert tok.chat_end_id is tok.chat_template is None
+        with pytest.raises(ValueError, match=r"no chat template: its specials \[.*\] lack <\|im_start\|> or"):
+            tok.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize("name, text", [("chat_template.jinja", "{# ours? #}\r\n"), ("tokenizer_config.json", "x")])
+def test_a_template_of_its_own_is_kept_byte_for_byte(tok, tmp_path, name, text):
+    tok.save(tmp_path)
+    content = text if name.endswith("jinja") else f'{{"chat_template":  "{text}"}}'
+    (tmp_path / name).write_bytes(content.encode())
+    theirs = Tokenizer.load(tmp_path)
+    theirs.save(tmp_path / "copy")
+    assert theirs.chat_template == text and (tmp_path / "copy" / name).read_bytes() == content.encode()
+    assert theirs.encode_chat(CHAT) == tok.encode_chat(CHAT) and theirs.fingerprint == tok.fingerprint
