@@ -69,7 +69,7 @@ def stream(model, prompts, n=1, *, max_new_tokens=128, temperature=1.0, top_k=0,
         cache.ids = None                                    # rows come and go: no conversation to remember
     context = cache.model.config.context
     stop_ids, stop_texts = split_stop(cache.model.config.stop_ids if stop is None else stop, tokenizer)
-    sampler = Sampler(cache.model.config, temperature, top_k, top_p, min_p, repetition_penalty)
+    sampler = Sampler(cache.model.config, cache.device, temperature, top_k, top_p, min_p, repetition_penalty)
 
     # rows to compute, the longest first so that neighbours are alike; the same prompt's rows stand side by side
     waiting, numbers = [], collections.Counter()
@@ -367,24 +367,25 @@ def common_prefix(a, b):
 class Sampler:
     """Draws one token for each row of logits, with its log-probability."""
 
-    def __init__(self, config, temperature, top_k, top_p, min_p, repetition_penalty):
-        self.pad_id, self.penalty = config.pad_id, repetition_penalty
+    def __init__(self, config, device, temperature, top_k, top_p, min_p, repetition_penalty):
+        self.banned = None if config.pad_id is None else torch.tensor([config.pad_id], device=device)
+        self.penalty = repetition_penalty
         self.filters = temperature, top_k, top_p, min_p
 
     @torch.inference_mode()
     def __call__(self, logits, rows):
         """(tokens, log-probabilities) as lists."""
-        if self.pad_id is not None:
-            logits = logits.index_fill(1, torch.tensor([self.pad_id], device=logits.device), -torch.inf)
+        if self.banned is not None:
+            logits = logits.index_fill(1, self.banned, -torch.inf)
         if self.penalty != 1:
             logits = penalise(logits, [row.ids for row in rows], self.penalty)
         logp = warp(logits, *self.filters)
         if self.filters[0] == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
-            uniform = uniforms([row.key for row in rows], [row.made for row in rows]).to(logits.device)
-            token = draw(logp, uniform)
-        both = torch.cat([token.double(), logp.gather(1, token).double()], 1).tolist()     # one transfer
+            uniform = uniforms([row.key for row in rows], [row.made for row in rows])
+            token = draw(logp, uniform.float().to(logits.device))
+        both = torch.cat([token.float(), logp.gather(1, token)], 1).tolist()       # one transfer; ids are exact in fp32
         return [int(token) for token, _ in both], [logp for _, logp in both]
 
 
@@ -423,7 +424,7 @@ def draw(logp, uniform):
     """(B, 1) token at which the cumulative probability passes each row's uniform number in [0, 1)."""
     cumulative = logp.exp().cumsum(-1)
     total = cumulative[:, -1:]
-    below = torch.minimum(uniform[:, None].float() * total, total.nextafter(torch.zeros_like(total)))    # not rounded up
+    below = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))    # not rounded up
     return torch.searchsorted(cumulative, below, right=True)
 
 

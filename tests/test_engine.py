@@ -200,7 +200,7 @@ def test_the_padding_token_is_never_sampled_however_likely():
 def test_a_token_of_probability_zero_is_never_drawn():
     logp = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2 ** -53):
-        assert engine.draw(logp, torch.tensor([u], dtype=torch.float64)).item() == 1
+        assert engine.draw(logp, torch.tensor([u], dtype=torch.float64).float()).item() == 1
 
 
 # --- prompts are computed once ---
