@@ -67,7 +67,7 @@ class Conversation:
     """
 
     def __init__(self, model, tokenizer, chat, system=""):
-        self.model, self.tokenizer, self.chat = model, tokenizer, chat
+        self.tokenizer, self.chat = tokenizer, chat
         self.cache, self.context = engine.Cache(model), model.config.context
         self.stop = {*model.config.stop_ids, *([tokenizer.chat_end_id] if chat else [])}
         self.close = [tokenizer.chat_end_id, *tokenizer.encode("\n")] if chat else []       # between two turns
@@ -125,7 +125,7 @@ class Conversation:
     def answer(self, ids, seed, **sampling):
         """Samples the last turn's answer, which follows `ids`: yields (token, finish) and keeps the tokens."""
         seed, self.answers = seed + self.answers, self.answers + 1
-        for _, token, _, finish in engine.stream(self.model, [ids], seed=seed, stop=self.stop, cache=self.cache,
+        for _, token, _, finish in engine.stream(None, [ids], seed=seed, stop=self.stop, cache=self.cache,
                                                  **sampling):
             if token not in self.stop:
                 self.turns[-1].answer.append(token)
@@ -347,6 +347,7 @@ def main(config):
          f"{str(its_dtype).removeprefix('torch.')}{'' if texts else '; /help lists the commands'}")
 
     conversation = Conversation(gpt, tokenizer, chat, system)
+    del gpt                                             # its cache has a copy of the weights
     if texts:
         conversation.add("\n".join(text for text in texts if text))
         raise SystemExit(130 if say(conversation, settings) else 0)

@@ -16,9 +16,10 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from kernels import attention, decode_attention
-from model import GPT
+from kernels import attention, decode_attention, keys_seen, linear, rms_norm, rotate
+from model import rope, rope_frequencies
 
 BLOCK = 256                 # columns by which the cache grows
 PREFILL_TOKENS = 8192       # of prompts computed in one forward pass, padding included
@@ -58,7 +59,8 @@ def stream(model, prompts, n=1, *, max_new_tokens=128, temperature=1.0, top_k=0,
     its order; the defaults turn them off. stop: ids and texts (these need the tokenizer) that end a row; None: the
     model's own. overflow: with "stop" a row ends when the context is full; with "slide" it then forgets its older half
     and goes on. The padding token is never sampled.
-    cache: a Cache to go on from (one prompt, n=1): what it shares with the prompt is not computed again.
+    cache: a Cache to go on from (one prompt, n=1): what it shares with the prompt is not computed again. It has its own
+    copy of the weights, so that `model` may then be None.
     ValueError on an option out of range, an empty prompt, and one longer than the context unless it may slide.
     """
     check(prompts, n, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, max_batch, overflow)
@@ -218,7 +220,51 @@ def admit(cache, waiting, first, free, context, shared):
     return rows, shared
 
 
-# --- cache ---
+# --- weights and cache ---
+
+class Decoder:
+    """A copy of a model's weights laid out for generation: in the dtype that it computes in, and joined where several
+    multiply one input. forward() is model.Backbone's, to the letter, in half as many calls; tests hold them together.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model):
+        config = self.config = model.config
+        self.dtype = dtype = model.model.dtype
+
+        def join(*modules):
+            return torch.cat([module.weight.detach().to(dtype) for module in modules])
+        self.embedding, self.head = join(model.model.embed_tokens), join(model.lm_head)
+        self.norm, self.layers = join(model.model.norm), []
+        self.frequencies = rope_frequencies(config, self.head.device)
+        for block in model.model.layers:
+            a, m = block.self_attn, block.mlp
+            qk_norm = [a.q_norm] * config.n_head + [a.k_norm] * config.n_kv_head if config.qk_norm else []
+            self.layers.append((join(block.input_layernorm), join(a.q_proj, a.k_proj, a.v_proj),
+                                join(*qk_norm).view(-1, config.head_dim) if qk_norm else None, join(a.o_proj),
+                                join(block.post_attention_layernorm), join(m.gate_proj, m.up_proj), join(m.down_proj)))
+
+    def forward(self, ids, positions, attend):
+        """Final hidden states (B, T, C) of ids at positions (B, T); attend(layer, q, k, v) stands for attention."""
+        config, eps = self.config, self.config.norm_eps
+        sizes = config.n_head + config.n_kv_head, config.n_kv_head
+        cos, sin = rope(positions, self.frequencies, self.dtype)
+        x = F.embedding(ids, self.embedding)
+        for i, (norm_1, qkv, qk_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
+            heads = linear(rms_norm(x, norm_1, eps), qkv).unflatten(-1, (-1, config.head_dim))
+            qk, v = heads.split(sizes, 2)
+            if qk_norm is not None:
+                qk = rms_norm(qk, qk_norm, eps)
+            q, k = rotate(qk, cos, sin).split((config.n_head, config.n_kv_head), 2)
+            x = x + linear(attend(i, q, k, v).flatten(2), out)
+            gate, up = linear(rms_norm(x, norm_2, eps), gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, down)
+        return rms_norm(x, self.norm, eps)
+
+    def logits(self, hidden):
+        """(..., V) fp32 logits of final hidden states."""
+        return linear(hidden, self.head).float()
+
 
 class Cache:
     """Keys and values of the rows in the batch, (layer, 2, row, key head, column, D), grown as they are needed.
@@ -228,9 +274,9 @@ class Cache:
     """
 
     def __init__(self, model):
-        self.model = in_one_dtype(model)
-        config, weight = self.model.config, self.model.lm_head.weight
-        self.device, self.dtype = weight.device, torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.model = Decoder(model)
+        config, self.device = model.config, model.lm_head.weight.device
+        self.dtype = torch.float32 if self.device.type == "cpu" else self.model.dtype
         self.kv = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, dtype=self.dtype,
                               device=self.device)
         self.ids = []
@@ -272,7 +318,7 @@ class Cache:
             if not held:
                 return attention(q, k, v)
             return decode_attention(q, keys[:1, :, :held + T], values[:1, :, :held + T], positions[:, 0] + 1)
-        hidden = self.model.model(ids.to(self.device), positions=positions, attend=attend)
+        hidden = self.model.forward(ids.to(self.device), positions, attend)
         if talk:
             self.ids = list(prompts[0])
         return self.model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
@@ -301,15 +347,15 @@ class Cache:
 
     def step(self, newest, columns):
         """(B, V) logits of one token a row; newest (B, 2) holds the token and the row's length with it."""
-        ids, lengths = newest[:, :1], newest[:, 1]
-        rows = torch.arange(len(newest), device=self.device)
+        ids, lengths, place = newest[:, :1], newest[:, 1], newest[:, 1] - 1
+        rows, seen = torch.arange(len(newest), device=self.device), keys_seen(lengths, 1, columns)
+        kv = self.kv[:, :, :len(newest), :, :columns]
 
         def attend(layer, q, k, v):
-            keys, values = self.kv[layer, :, :len(newest), :, :columns]
-            keys[rows, :, lengths - 1] = k[:, 0].to(self.dtype)
-            values[rows, :, lengths - 1] = v[:, 0].to(self.dtype)
-            return decode_attention(q, keys, values, lengths)
-        hidden = self.model.model(ids, positions=lengths[:, None] - 1, attend=attend)
+            keys_values = kv[layer]
+            keys_values[:, rows, :, place] = torch.cat((k, v), 1).to(self.dtype)        # (B, 2, Hkv, D)
+            return decode_attention(q, *keys_values, lengths, seen=seen)
+        hidden = self.model.forward(ids, place[:, None], attend)
         return self.model.logits(hidden[:, 0])
 
     @torch.inference_mode()
@@ -343,18 +389,6 @@ def captured(step):
         graph.replay()
         return output
     return replay
-
-
-def in_one_dtype(model):
-    """The model, or if it casts its weights at every use (fp32 masters), a copy that has them cast once."""
-    if model.lm_head.weight.dtype == model.model.dtype:
-        return model
-    with torch.device("meta"):
-        twin = GPT(model.config)
-    weights = {name: tensor.detach().to(model.model.dtype) for name, tensor in model.state_dict().items()}
-    twin.load_state_dict(weights, assign=True)
-    twin.model.dtype = model.model.dtype
-    return twin
 
 
 def common_prefix(a, b):

@@ -210,7 +210,7 @@ class Backbone(nn.Module):
         x = F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
-        cos, sin = rope(positions, self.config, self.dtype)
+        cos, sin = rope(positions, rope_frequencies(self.config, ids.device), self.dtype)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
@@ -235,10 +235,10 @@ def rope_frequencies(config, device):
     return frequency
 
 
-def rope(positions, config, dtype):
+def rope(positions, frequencies, dtype):
     """cos and sin of the angles at `positions` (...), each (..., 1, D); angles in fp32."""
-    angle = positions.unsqueeze(-1).float() * rope_frequencies(config, positions.device)
-    angle = angle.repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
+    angle = positions[..., None, None].float() * frequencies
+    angle = torch.cat((angle, angle), -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

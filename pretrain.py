@@ -217,7 +217,8 @@ def main(config):
         run.print(f"stopped before step {step}; go on with the same options and --resume=true")
     else:
         run.print(f"{out_dir}: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte on held-out text after "
-                  f"{run.clock():.1f} s; open it with transformers.AutoModelForCausalLM.from_pretrained({out_dir!r})")
+                  f"{run.clock():.1f} s; talk to it: python chat.py --model={out_dir}; score it: python eval.py "
+                  f"--model={out_dir} --tasks=bpb --text={data}")
 
 
 if __name__ == "__main__":

@@ -121,27 +121,26 @@ def gpu():
     import engine
     from model import GPT, Config
     big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
-    copies = [seconds(lambda: big[:1 << 30].copy_(big[1 << 30:])) for _ in range(20)]
-    bandwidth = (2 << 30) / min(copies)
-    del big
+    bandwidth = (2 << 30) / min(seconds(big[:1 << 30].copy_, big[1 << 30:]) for _ in range(20))
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     for name, layers, heads, width, batch in (("124M", 12, 12, 768, 1), ("350M", 24, 16, 1024, 256),
                                               ("1.5B", 48, 25, 1600, 1), ("1.5B", 48, 25, 1600, 32)):
         with torch.device("cuda"):
             model = GPT(Config(50304, n_layer=layers, n_head=heads, n_embd=width, context=1024)).bfloat16()
         model.model.dtype = torch.bfloat16
-        engine.generate(model, [[5]] * batch, max_new_tokens=8, stop=(), max_batch=batch)
-        took = seconds(lambda: engine.generate(model, [[5]] * batch, max_new_tokens=NEW, stop=(), max_batch=batch))
+        options = dict(stop=(), max_batch=batch)
+        engine.generate(model, [[5]] * batch, max_new_tokens=8, **options)
+        took = seconds(engine.generate, model, [[5]] * batch, max_new_tokens=NEW, **options)
         cache = 2 * 2 * layers * width * batch * NEW / 2
         read = (2 * model.config.n_params(embeddings=False) + cache) * NEW / took / bandwidth
         print(f"{name}, {batch} rows of {NEW}: {batch * NEW / took:,.0f} tokens/s, {read:.0%} of the copy bandwidth",
               flush=True)
 
 
-def seconds(function):
+def seconds(function, *arguments, **options):
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    function()
+    function(*arguments, **options)
     torch.cuda.synchronize()
     return time.perf_counter() - begin
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import chat
+import engine
 from configurator import read_options
 from model import GPT, Config
 from tokenizer import Tokenizer
@@ -417,9 +418,10 @@ def answered(conversation, text, **sampling):
 
 
 @pytest.mark.parametrize("chats", [True, False])
-def test_a_new_turn_computes_only_its_new_tokens(random_model, tok, chats):
-    computed = []
-    random_model.model.register_forward_pre_hook(lambda module, args: computed.append(args[0].size(1)))
+def test_a_new_turn_computes_only_its_new_tokens(random_model, tok, chats, monkeypatch):
+    computed, forward = [], engine.Decoder.forward
+    monkeypatch.setattr(engine.Decoder, "forward",
+                        lambda self, ids, *args: computed.append(ids.size(1)) or forward(self, ids, *args))
     conversation = chat.Conversation(random_model, tok, chats, "Be brief." if chats else "")
     first, answer = answered(conversation, "one")
     assert computed == [len(first)] + [1] * (len(answer) - 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import engine
-from kernels import decode_attention, linear_logprob
+from kernels import attention, decode_attention, linear, linear_logprob, rms_norm
 from model import GPT, Config
 from tokenizer import Tokenizer
 
@@ -87,14 +87,16 @@ def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same():
     assert [s.tokens for s in got] == [s.tokens for s in expected]
 
 
-def test_bf16_activations_sample_from_weights_cast_once():
+def test_a_decoder_in_bf16_computes_what_the_model_does_and_leaves_it_alone():
     model = tiny()
     model.model.dtype = torch.bfloat16
-    before = [p.clone() for p in model.parameters()]
-    twin = engine.Cache(model).model
-    assert twin is not model and twin.lm_head.weight.dtype == torch.bfloat16 and engine.Cache(twin).model is twin
-    ids = torch.tensor([[5, 6, 7, 8]])
-    torch.testing.assert_close(twin.forward_hidden(ids), model.forward_hidden(ids), atol=0, rtol=0)
+    before, ids = [p.clone() for p in model.parameters()], torch.tensor([[5, 6, 7, 8]])
+    decoder = engine.Decoder(model)
+    assert decoder.head.dtype == torch.bfloat16
+    positions = torch.arange(4).expand(1, 4)
+    with torch.inference_mode():
+        hidden = decoder.forward(ids, positions, lambda layer, q, k, v: attention(q, k, v))
+    torch.testing.assert_close(hidden, model.forward_hidden(ids), atol=0.06, rtol=0.02)
     assert len(engine.generate(model, [[5, 6]], max_new_tokens=4, stop=())[0].tokens) == 4
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -205,18 +207,16 @@ def test_a_token_of_probability_zero_is_never_drawn():
 
 # --- prompts are computed once ---
 
-def counted(model, monkeypatch):
+def counted(monkeypatch):
     """A list that receives the number of tokens of every forward pass."""
-    made, forward = [], type(model.model).forward
-    monkeypatch.setattr(type(model.model), "forward",
-                        lambda self, ids, *args, **named: made.append(tuple(ids.shape)) or
-                        forward(self, ids, *args, **named))
+    made, forward = [], engine.Decoder.forward
+    monkeypatch.setattr(engine.Decoder, "forward",
+                        lambda self, ids, *args: made.append(tuple(ids.shape)) or forward(self, ids, *args))
     return made
 
 
 def test_each_distinct_prompt_is_prefilled_once_for_all_its_samples(monkeypatch):
-    model, prompts = tiny(), [[5, 6, 7], [8, 9, 10], [5, 6, 7]]
-    shapes = counted(model, monkeypatch)
+    model, prompts, shapes = tiny(), [[5, 6, 7], [8, 9, 10], [5, 6, 7]], counted(monkeypatch)
     engine.generate(model, prompts, 10, max_new_tokens=4, stop=(), max_batch=6)
     assert sum(B for B, T in shapes if T == 3) == 2        # also where the 30 rows do not fit into the batch
     assert sum(B for B, T in shapes if T == 1) == 30 * 3
@@ -225,7 +225,7 @@ def test_each_distinct_prompt_is_prefilled_once_for_all_its_samples(monkeypatch)
 def test_a_conversation_computes_only_its_new_tokens(monkeypatch):
     model = tiny()
     cache, ids = engine.Cache(model), [5, 6, 7, 8]
-    shapes, computed = counted(model, monkeypatch), []
+    shapes, computed = counted(monkeypatch), []
     for _ in range(3):
         del shapes[:]
         answer = [token for _, token, _, _ in engine.stream(model, [ids], max_new_tokens=3, temperature=0, stop=(),
@@ -300,7 +300,7 @@ def test_sliding_forgets_the_older_half_and_goes_on():
 
 def test_many_prompts_run_in_a_bounded_batch(monkeypatch):
     model, prompts = tiny(), ragged(500, 6)
-    shapes = counted(model, monkeypatch)
+    shapes = counted(monkeypatch)
     done = []
     samples = engine.generate(model, prompts, max_new_tokens=5, max_batch=16, progress=done.append, seed=1)
     assert max(B for B, _ in shapes) <= 16 and done == list(range(1, 501)) and all(s.finish for s in samples)
@@ -361,3 +361,31 @@ def test_decode_attention_refuses_shapes_that_do_not_fit():
     q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 3, 5, 8)
     with pytest.raises(ValueError, match="divisor of H"):
         decode_attention(q, k, k, torch.ones(2, dtype=torch.long))
+
+
+# --- what the decoder needs of the other kernels ---
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+def test_a_product_in_slices_equals_the_whole(rows):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, 24), torch.randn(20, 24)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 4):
+            torch.set_num_threads(n)
+            with torch.no_grad():
+                torch.testing.assert_close(linear(x, weight), x @ weight.t(), atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("B", [2, 4000])
+def test_a_norm_without_gradients_takes_one_weight_for_each_head(B, dtype, atol):
+    torch.manual_seed(0)
+    x, weight = torch.randn(B, 1, 3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype)
+    with torch.no_grad():
+        out = rms_norm(x, weight, 1e-6)
+    for h in range(3):
+        expected = rms_norm(x[:, :, h].float().requires_grad_(), weight[h].float(), 1e-6)
+        torch.testing.assert_close(out[:, :, h].float(), expected.detach(), atol=atol, rtol=0.02)
