@@ -332,8 +332,12 @@ def options_read(source):
 
 
 def keys_read(source):
-    """Names read as config["name"] or config.get("name")."""
+    """Names read as config["name"], config.get("name") or o.name, or listed in a constant such as SETTINGS."""
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "o" and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and ast.unparse(node.targets[0]).isupper():
+            yield from (item.value for item in node.value.elts if isinstance(item, ast.Constant))
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             holder, key = node.value, node.slice.value
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get" and isinstance(
@@ -348,9 +352,10 @@ def keys_read(source):
 def test_an_option_counts_as_read_only_where_its_value_can_arrive():
     source = ("def f(lr): return lr\n"
               "def g(a, b): return [a + c for c in x]\n"
-              "def main(config): g(**config), seed, config['d']\n")
+              "NAMES = ('e', 1)\n"
+              "def main(config): g(**config), seed, config['d'], o.f\n")
     assert options_read(source) & {"lr", "a", "b", "c", "x", "seed"} == {"a", "x", "seed"}
-    assert list(keys_read(source)) == ["d"]
+    assert set(keys_read(source)) == {"d", "e", 1, "f"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
