@@ -24,4 +24,5 @@ echo
 echo "the base model in $demo/pretrain writes:"
 cat $demo/pretrain.txt
 echo "the curves are in $demo/pretrain/curves.png; to train it again, delete $demo"
-echo "every option: source .venv/bin/activate; python pretrain.py --help"
+echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/pretrain"
+echo "every option: python pretrain.py --help"
