@@ -336,7 +336,8 @@ def keys_read(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "o" and isinstance(node.ctx, ast.Load):
             yield node.attr
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and node.targets[0].id.isupper():
+        constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
+        if constant and isinstance(node.value, ast.Tuple):
             yield from (item.value for item in node.value.elts if isinstance(item, ast.Constant))
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             holder, key = node.value, node.slice.value
