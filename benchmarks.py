@@ -314,7 +314,7 @@ def program_of(row, text):
 
 # --- text ---
 
-def load_texts(path, tokenizer, text_column="text", max_bytes=0):
+def load_texts(path, tokenizer, text_column="text", max_bytes=0, invalid_utf8="error"):
     """([ids], [bytes], [words], fingerprint) of a source's documents; of a folder written by data.py: its val.h5."""
     if os.path.isfile(os.path.join(path, "val.h5")):
         tokens, offsets, _ = open_tokens(path, "val", tokenizer)
@@ -327,7 +327,7 @@ def load_texts(path, tokenizer, text_column="text", max_bytes=0):
         sizes = sizes[:len(ids)]
     else:
         texts = []
-        for key, piece, _ in mix(parse_sources(path, text_column, "error"), max_bytes, Counter()):
+        for key, piece, _ in mix(parse_sources(path, text_column, invalid_utf8), max_bytes, Counter()):
             if key is None and texts:
                 texts[-1] += piece                      # long documents come in pieces
             else:

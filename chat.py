@@ -17,10 +17,9 @@ import textwrap
 import time
 
 import engine
-from common import pick_device, pick_dtype
+from common import pick_device
 from configurator import configure, convert, nearest, show
-from model import GPT, fetch
-from tokenizer import Tokenizer
+from decoder import common_prefix
 
 try:
     import readline  # with it, input() edits lines
@@ -69,7 +68,7 @@ class Conversation:
     def __init__(self, model, tokenizer, chat, system=""):
         self.tokenizer, self.chat = tokenizer, chat
         self.cache, self.context = engine.Cache(model), model.config.context
-        self.stop = {*model.config.stop_ids, *([tokenizer.chat_end_id] if chat else [])}
+        self.stop = set(model.config.stop_ids)
         self.close = [tokenizer.chat_end_id, *tokenizer.encode("\n")] if chat else []       # between two turns
         self.answers = 0                                # sampled so far: each has a seed of its own
         self.restart(system)
@@ -78,9 +77,12 @@ class Conversation:
         """Forgets the turns and begins with a system message, or with none if it is empty."""
         self.system, self.turns, self.dropped = system, [], 0
         self.head = self.tokenizer.encode_chat(self.messages())[0] if system else []
+        if len(self.head) > self.context // 2:
+            raise ValueError(f"the system message has {len(self.head)} tokens, more than half of the model's context "
+                             f"of {self.context}; shorten it")
         if not self.chat:
-            with contextlib.suppress(ValueError):       # a foreign tokenizer may have no end of text
-                self.head = [self.tokenizer.eot_id]     # of the text before: ours begin with it
+            with contextlib.suppress(ValueError):       # a foreign tokenizer may have nothing to begin with
+                self.head = [self.tokenizer.start_id]
 
     def messages(self):
         """The conversation as chats are stored: [{"role": ..., "content": ...}, ...]."""
@@ -159,7 +161,7 @@ def say(conversation, settings):
     if conversation.dropped > before:
         count = f"{conversation.dropped} {'turn' if conversation.chat else 'token'}{'s' * (conversation.dropped > 1)}"
         note(f"(the context of {conversation.context} tokens is full: dropped the oldest {count})")
-    new = len(ids) - min(engine.common_prefix(conversation.cache.ids, ids), len(ids) - 1)
+    new = len(ids) - min(common_prefix(conversation.cache.ids, ids), len(ids) - 1)
 
     terminal, thinks, thought = sys.stdout.isatty(), *map(conversation.tokenizer.specials.get, ("<think>", "</think>"))
     decoder, finish, times = conversation.tokenizer.stream(), None, [time.perf_counter()]
@@ -207,7 +209,7 @@ class Session:
         if not line.startswith("/"):
             self.conversation.add(line)
             return say(self.conversation, self.settings)
-        name, _, rest = line[1:].partition(" ")
+        name, _, rest = ("quit" if line == "/exit" else line[1:]).partition(" ")
         if name not in self.commands:
             raise ValueError(f"there is no command /{name}{nearest(name, self.commands)}; /help lists them")
         return getattr(self, f"do_{name}")(rest.strip())
@@ -257,6 +259,8 @@ class Session:
     def do_set(self, rest):
         """NAME VALUE: change a setting, such as temperature 0.5; alone: show them all"""
         name, _, value = rest.replace("=", " ").partition(" ")
+        if name in SETTINGS and not value.strip():
+            raise ValueError(f"/set {name} needs a value, as in /set {name} {show(self.settings[name])}")
         if name not in ("", *SETTINGS):
             raise ValueError(f"there is no setting {name}{nearest(name, SETTINGS)}; /set lists them")
         if name:
@@ -264,6 +268,10 @@ class Session:
             self.conversation.answers *= name != "seed"             # a new seed counts from the beginning
         for each in [name] if name else SETTINGS:
             note(f"{each} = {show(self.settings[each])}")
+
+    def do_quit(self, rest):
+        """leave"""
+        raise EOFError
 
     def do_help(self, rest):
         """this list"""
@@ -305,21 +313,8 @@ def talk(session):
             note("(Ctrl-C again leaves)")
 
 
-def load(path, device, dtype):
-    """(model, tokenizer) of a directory. ValueError, in one sentence, on what is missing or broken."""
-    folder = fetch(path)
-    tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"the tokenizer in {path} has {tokenizer.vocab_size} ids, its model {model.config.vocab_size}")
-    model.requires_grad_(False).to(device)
-    model.model.dtype = dtype
-    return model, tokenizer
-
-
 def main(config):
     settings = check({name: config[name] for name in SETTINGS})
-    if mode not in ("auto", "chat", "base"):
-        raise SystemExit(f"chat.py: mode must be auto, chat or base, got {mode!r}")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     if hasattr(signal, "SIGPIPE"):
@@ -333,18 +328,13 @@ def main(config):
 
     # model
     where = pick_device(device)
-    its_dtype = pick_dtype("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
-    gpt, tokenizer = load(model, where, its_dtype)
-    trained = tokenizer.chat_end_id is not None and tokenizer.chat_end_id in gpt.config.stop_ids
-    chat = mode == "chat" or mode == "auto" and trained
-    if chat and tokenizer.chat_end_id is None:
-        raise SystemExit(f"chat.py: {model} cannot chat: its tokenizer has no chat template (<|im_start|> and "
-                         "<|im_end|>); let it continue text with --mode=base")
+    precision = "fp32" if dtype == "auto" and where.type == "cpu" else dtype
+    gpt, tokenizer, chat, trained = engine.load(model, mode, device, precision)
     if system and not chat:
         raise SystemExit(f"chat.py: --system is for chats, but {model} is a base model; --mode=chat uses it as one")
     kind = "a base model: it continues text" if not chat else "a chat model" if trained else "not trained to chat"
     note(f"{model}: {gpt.config.n_params() / 1e6:.1f}M parameters, {kind}; context {gpt.config.context}, {where}, "
-         f"{str(its_dtype).removeprefix('torch.')}{'' if texts else '; /help lists the commands'}")
+         f"{str(gpt.model.dtype).removeprefix('torch.')}{'' if texts else '; /help lists the commands'}")
 
     conversation = Conversation(gpt, tokenizer, chat, system)
     del gpt                                             # its cache has a copy of the weights

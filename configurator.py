@@ -126,7 +126,7 @@ def configure(script_globals, argv=None):
                 raise ValueError(f"there is no option {argument.partition('=')[0]}"
                                  f"{nearest(name.lstrip('-').replace('-', '_'), options)}; --help lists them all")
             if not equals:
-                example = "true" if isinstance(options[name][0], bool) else show(options[name][0])
+                example = "true" if isinstance(options[name][0], bool) else show(options[name][0]) or "TEXT"
                 raise ValueError(f"--{name} needs a value, as in --{name}={example}")
             values[name] = convert("--" + name, text, options[name][0])
     except ValueError as error:

@@ -7,7 +7,7 @@ Each distinct prompt is computed once for all its samples. At most max_batch row
 room for a waiting one, so that any number of prompts runs in bounded memory. A row depends on its prompt, its number
 and the seed alone, not on its neighbours: the random number of its t-th token is a hash of these.
 
-Shapes: B rows in the batch, T tokens of a prompt, S columns of the cache, H heads, D head width, V vocabulary.
+Shapes: B rows in the batch, V vocabulary.
 """
 import collections
 import dataclasses
@@ -16,23 +16,52 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from kernels import attention, decode_attention, keys_seen, linear, rms_norm, rotate
-from model import rope, rope_frequencies
+from common import pick_device, pick_dtype
+from decoder import Cache
+from model import GPT, fetch
+from tokenizer import Tokenizer
 
-BLOCK = 256                 # columns by which the cache grows
 PREFILL_TOKENS = 8192       # of prompts computed in one forward pass, padding included
 
 
 @dataclasses.dataclass
 class Sample:
     """One generated answer. logp are nats under the distribution sampled from, after temperature and all filters; at
-    temperature 0 under the model's own. finish: "stop" (a stop id or text), "length" (max_new_tokens) or "context"."""
+    temperature 0 under the model's own, whatever the filters. finish: "stop" (a stop id or text), "length"
+    (max_new_tokens) or "context"."""
     prompt: int                                             # the prompt's number
     tokens: list = dataclasses.field(default_factory=list)  # the stop id included, if one ended it
     logp: list = dataclasses.field(default_factory=list)
     finish: str | None = None
+
+
+def load(path, mode="auto", device="auto", dtype="auto"):
+    """(model, tokenizer, chat, trained) of a directory, its weights on the device in the dtype it computes in.
+
+    trained: whether it ends answers at the chat template's <|im_end|>, which a stage that trained with it wrote. chat:
+    whether it is talked to through the template: if trained, or as `mode` says; then it ends answers there in any case.
+    ValueError, in one sentence, on what is missing, broken, or cannot be asked for.
+    """
+    if mode not in ("auto", "chat", "base"):
+        raise ValueError(f"mode must be auto, chat or base, got {mode!r}")
+    folder, device = fetch(path), pick_device(device)
+    tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
+    config, end = model.config, tokenizer.chat_end_id
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer in {path} has {tokenizer.vocab_size} ids and its model {config.vocab_size}; "
+                         "they do not belong together")
+    if mode == "chat" and end is None:
+        foreign = "is not ChatML, the one that is written here" if tokenizer.chat_template else "is missing"
+        raise ValueError(f"{path} cannot chat: its tokenizer's chat template {foreign} (<|im_start|>, <|im_end|>); let "
+                         "it continue text with --mode=base")
+    trained = end is not None and end in config.stop_ids
+    chat = mode == "chat" or mode == "auto" and trained
+    if chat and not trained:
+        config.end_ids += (end,)
+    model.model.dtype = pick_dtype(dtype, device)
+    model.to(device, model.model.dtype).requires_grad_(False)
+    return model, tokenizer, chat, trained
 
 
 def generate(model, prompts, n=1, *, progress=None, **options):
@@ -131,7 +160,7 @@ def check(prompts, n, max_new_tokens, temperature, top_k, top_p, min_p, repetiti
     for name, value, fits, wanted in (
             ("n", n, n >= 1, "at least 1"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
             ("top_k", top_k, top_k >= 0, "0 (off) or more"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", min_p, 0 <= min_p <= 1, "0 (off) to 1"),
@@ -158,13 +187,14 @@ class Row:
 
 def row_key(seed, prompt, number):
     """63 bits that name a row's random numbers: of the seed, the prompt and its number among the prompt's rows."""
-    digest = hashlib.blake2b(repr((seed, number, prompt)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((int(seed), number, prompt)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def split_stop(stop, tokenizer):
     """(set of ids, list of texts)."""
-    ids, texts = {s for s in stop if not isinstance(s, str)}, [s for s in stop if isinstance(s, str)]
+    stop = [stop] if isinstance(stop, (str, int)) else list(stop)
+    ids, texts = {int(s) for s in stop if not isinstance(s, str)}, [s for s in stop if isinstance(s, str)]
     if "" in texts:
         raise ValueError("a stop text must not be empty")
     if texts and tokenizer is None:
@@ -201,7 +231,7 @@ def admit(cache, waiting, first, free, context, shared):
     if shared and shared[0] in leaders:
         computed[shared[0]] = shared[2]
         cache.kv[:, :, leaders[shared[0]], :, :len(shared[0])] = shared[1]
-    todo = [(place, ids) for ids, place in leaders.items() if ids not in computed]
+    todo = sorted(((place, ids) for ids, place in leaders.items() if ids not in computed), key=lambda x: -len(x[1]))
     while todo:
         count = max(1, min(len(todo), PREFILL_TOKENS // len(todo[0][1])))
         part, todo = todo[:count], todo[count:]
@@ -220,203 +250,29 @@ def admit(cache, waiting, first, free, context, shared):
     return rows, shared
 
 
-# --- weights and cache ---
-
-class Decoder:
-    """A copy of a model's weights laid out for generation: in the dtype that it computes in, and joined where several
-    multiply one input. forward() is model.Backbone's, to the letter, in half as many calls; tests hold them together.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model):
-        config = self.config = model.config
-        self.dtype = dtype = model.model.dtype
-
-        def join(*modules):
-            return torch.cat([module.weight.detach().to(dtype) for module in modules])
-        self.embedding, self.head = join(model.model.embed_tokens), join(model.lm_head)
-        self.norm, self.layers = join(model.model.norm), []
-        self.frequencies = rope_frequencies(config, self.head.device)
-        for block in model.model.layers:
-            a, m = block.self_attn, block.mlp
-            qk_norm = [a.q_norm] * config.n_head + [a.k_norm] * config.n_kv_head if config.qk_norm else []
-            self.layers.append((join(block.input_layernorm), join(a.q_proj, a.k_proj, a.v_proj),
-                                join(*qk_norm).view(-1, config.head_dim) if qk_norm else None, join(a.o_proj),
-                                join(block.post_attention_layernorm), join(m.gate_proj, m.up_proj), join(m.down_proj)))
-
-    def forward(self, ids, positions, attend):
-        """Final hidden states (B, T, C) of ids at positions (B, T); attend(layer, q, k, v) stands for attention."""
-        config, eps = self.config, self.config.norm_eps
-        sizes = config.n_head + config.n_kv_head, config.n_kv_head
-        cos, sin = rope(positions, self.frequencies, self.dtype)
-        x = F.embedding(ids, self.embedding)
-        for i, (norm_1, qkv, qk_norm, out, norm_2, gate_up, down) in enumerate(self.layers):
-            heads = linear(rms_norm(x, norm_1, eps), qkv).unflatten(-1, (-1, config.head_dim))
-            qk, v = heads.split(sizes, 2)
-            if qk_norm is not None:
-                qk = rms_norm(qk, qk_norm, eps)
-            q, k = rotate(qk, cos, sin).split((config.n_head, config.n_kv_head), 2)
-            x = x + linear(attend(i, q, k, v).flatten(2), out)
-            gate, up = linear(rms_norm(x, norm_2, eps), gate_up).chunk(2, -1)
-            x = x + linear(F.silu(gate) * up, down)
-        return rms_norm(x, self.norm, eps)
-
-    def logits(self, hidden):
-        """(..., V) fp32 logits of final hidden states."""
-        return linear(hidden, self.head).float()
-
-
-class Cache:
-    """Keys and values of the rows in the batch, (layer, 2, row, key head, column, D), grown as they are needed.
-
-    Row b's tokens stand in columns 0 .. len - 1. On CPU they are kept in fp32, which its attention kernels want.
-    ids: what row 0 holds, for `stream` to go on from; None if rows come and go.
-    """
-
-    def __init__(self, model):
-        self.model = Decoder(model)
-        config, self.device = model.config, model.lm_head.weight.device
-        self.dtype = torch.float32 if self.device.type == "cpu" else self.model.dtype
-        self.kv = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, dtype=self.dtype,
-                              device=self.device)
-        self.ids = []
-        self.buckets = {} if self.device.type == "cuda" else None   # batch size: (its step, input, output)
-
-    @torch.inference_mode()
-    def reserve(self, rows, columns):
-        """Makes room for so many rows and columns; what is there stays."""
-        have_rows, have_columns = self.kv.size(2), self.kv.size(4)
-        if rows > have_rows or columns > have_columns:
-            columns = max(have_columns, -(-columns // BLOCK) * BLOCK)
-            shape = list(self.kv.shape)
-            shape[2], shape[4] = max(rows, have_rows), columns
-            grown = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            grown[:, :, :have_rows, :, :have_columns] = self.kv
-            self.kv = grown
-            if self.buckets:
-                self.buckets = {}                           # they were captured with the old memory
-
-    @torch.inference_mode()
-    def prefill(self, places, prompts):
-        """(B, V) logits after each prompt, whose keys and values then stand in the rows `places`."""
-        talk, held = self.ids is not None, 0
-        if talk:                                            # one row that may hold the beginning already
-            held = min(common_prefix(self.ids, prompts[0]), len(prompts[0]) - 1)    # the last one's logits are wanted
-            self.ids = list(prompts[0][:held])
-        lengths = torch.tensor([len(prompt) - held for prompt in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for i, prompt in enumerate(prompts):                # padded on the right, which nothing before it sees
-            ids[i, :len(prompt) - held] = torch.tensor(prompt[held:])
-        T = ids.size(1)
-        positions = torch.arange(held, held + T, device=self.device).expand(len(prompts), T)
-        rows = torch.tensor(places, device=self.device)
-
-        def attend(layer, q, k, v):
-            keys, values = self.kv[layer]
-            keys[rows, :, held:held + T] = k.transpose(1, 2).to(self.dtype)
-            values[rows, :, held:held + T] = v.transpose(1, 2).to(self.dtype)
-            if not held:
-                return attention(q, k, v)
-            return decode_attention(q, keys[:1, :, :held + T], values[:1, :, :held + T], positions[:, 0] + 1)
-        hidden = self.model.forward(ids.to(self.device), positions, attend)
-        if talk:
-            self.ids = list(prompts[0])
-        return self.model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
-
-    @torch.inference_mode()
-    def decode(self, active):
-        """(B, V) logits after each row's newest token, which joins the cache."""
-        B = len(active)
-        newest = torch.tensor([[row.ids[-1], len(row.ids)] for row in active])      # ids, and how many there are
-        columns = int(newest[:, 1].max())
-        if self.buckets is None:
-            self.reserve(B, columns)
-            logits = self.step(newest.to(self.device), columns)
-        else:
-            size = 1 << (B - 1).bit_length()                # the next power of two; rows beyond B compute nonsense
-            self.reserve(size, columns)
-            if size not in self.buckets:
-                held = torch.ones(size, 2, dtype=torch.long, device=self.device)
-                self.buckets[size] = held, captured(lambda: self.step(held, self.kv.size(4)))
-            held, replay = self.buckets[size]
-            held[:B] = newest
-            logits = replay()[:B]
-        if self.ids is not None:
-            self.ids.append(active[0].ids[-1])
-        return logits
-
-    def step(self, newest, columns):
-        """(B, V) logits of one token a row; newest (B, 2) holds the token and the row's length with it."""
-        ids, lengths, place = newest[:, :1], newest[:, 1], newest[:, 1] - 1
-        rows, seen = torch.arange(len(newest), device=self.device), keys_seen(lengths, 1, columns)
-        kv = self.kv[:, :, :len(newest), :, :columns]
-
-        def attend(layer, q, k, v):
-            keys_values = kv[layer]
-            keys_values[:, rows, :, place] = torch.cat((k, v), 1).to(self.dtype)        # (B, 2, Hkv, D)
-            return decode_attention(q, *keys_values, lengths, seen=seen)
-        hidden = self.model.forward(ids, place[:, None], attend)
-        return self.model.logits(hidden[:, 0])
-
-    @torch.inference_mode()
-    def keep(self, active, staying):
-        """The staying rows, moved together: those from the end fill the places of those that leave."""
-        stays, kept = set(staying), active[:len(staying)]
-        movers = [place for place in range(len(staying), len(active)) if active[place] in stays]
-        for place, row in enumerate(kept):
-            if row not in stays:
-                mover = movers.pop()
-                length = len(active[mover].ids)
-                self.kv[:, :, place, :, :length] = self.kv[:, :, mover, :, :length]
-                kept[place] = active[mover]
-        return kept
-
-
-def captured(step):
-    """A function that computes what step() does from the same memory to the same memory, on CUDA as one graph."""
-    if not torch.cuda.is_available():
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):                           # lazy initialisations must not be captured
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-
-    def replay():
-        graph.replay()
-        return output
-    return replay
-
-
-def common_prefix(a, b):
-    """How many ids two lists share from the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 # --- sampling ---
 
 class Sampler:
     """Draws one token for each row of logits, with its log-probability."""
 
     def __init__(self, config, device, temperature, top_k, top_p, min_p, repetition_penalty):
-        self.banned = None if config.pad_id is None else torch.tensor([config.pad_id], device=device)
-        self.penalty = repetition_penalty
-        self.filters = temperature, top_k, top_p, min_p
+        pad, known = config.pad_id, range(config.vocab_size)
+        banned = pad in known and pad not in config.stop_ids        # where padding also ends a text, it must be sampled
+        self.banned = torch.tensor([pad], device=device) if banned else None
+        self.penalty, self.filters = repetition_penalty, (temperature, top_k, top_p, min_p)
 
     @torch.inference_mode()
     def __call__(self, logits, rows):
         """(tokens, log-probabilities) as lists."""
         if self.banned is not None:
             logits = logits.index_fill(1, self.banned, -torch.inf)
+        liked = logits
         if self.penalty != 1:
-            logits = penalise(logits, [row.ids for row in rows], self.penalty)
-        logp = warp(logits, *self.filters)
+            liked = penalise(logits, [row.ids for row in rows], self.penalty)
         if self.filters[0] == 0:
-            token = logits.argmax(-1, keepdim=True)
+            token, logp = liked.argmax(-1, keepdim=True), torch.log_softmax(logits, -1)
         else:
+            logp = warp(liked, *self.filters)
             uniform = uniforms([row.key for row in rows], [row.made for row in rows])
             token = draw(logp, uniform.float().to(logits.device))
         both = torch.cat([token.float(), logp.gather(1, token)], 1).tolist()       # one transfer; ids are exact in fp32
@@ -428,9 +284,10 @@ def warp(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
     top_k keeps the k likeliest tokens, top_p the fewest likeliest ones that hold a share of at least p (Holtzman et al.
     2019, arXiv:1904.09751), min_p those at least min_p times as likely as the likeliest (Nguyen et al. 2024,
-    arXiv:2407.01082). Temperature comes first, and 0 leaves the model's own distribution.
+    arXiv:2407.01082). Temperature, which must be above 0, comes first.
     """
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    logits = logits.float() - logits.max(-1, keepdim=True).values      # dividing by a tiny temperature stays finite
+    logp = torch.log_softmax(logits / temperature, -1)
     if top_k and top_k < logp.size(-1):
         least = logp.topk(top_k, -1).values[:, -1:]
         logp = torch.log_softmax(logp.masked_fill(logp < least, -torch.inf), -1)
@@ -459,7 +316,10 @@ def draw(logp, uniform):
     cumulative = logp.exp().cumsum(-1)
     total = cumulative[:, -1:]
     below = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))    # not rounded up
-    return torch.searchsorted(cumulative, below, right=True)
+    token = torch.searchsorted(cumulative, below, right=True)
+    if logp.device.type != "cpu":       # sums in parallel need not rise: never end where nothing is
+        token = torch.where(logp.gather(1, token).isfinite(), token, logp.argmax(-1, keepdim=True))
+    return token
 
 
 def uniforms(keys, counts):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -29,11 +30,11 @@ import engine
 import ifeval
 import judge as judges
 import sandbox
-from common import keep_freed_memory, pick_device, pick_dtype
+from common import keep_freed_memory, pick_device
 from configurator import configure, nearest
-from likelihood import encode_pairs, plant, score, start_id, windows
+from likelihood import encode_pairs, plant, score, windows
 from model import GPT, fetch
-from results import answer_figures, append_record, mean_stderr, read_records, show_table, shown
+from results import answer_figures, append_record, finite, mean_stderr, read_records, show_table, shown
 from tasks import TASKS
 from tokenizer import Tokenizer
 
@@ -42,12 +43,13 @@ model = ""                  # model directory, or hub:ORG/NAME; several, with co
 tasks = "bpb"               # names with commas between; name=FILE reads that file
 mode = "auto"               # chat: ask through the chat template; base: plain prompts; auto: chat if trained so
 limit = 0                   # questions of each task, the first ones (of mmlu: of each subject); 0: all
-shots = -1                  # worked examples in a base model's prompt; -1: usual for the task (mmlu, gsm8k, svamp 5)
+shots = -1                  # worked examples before a question; -1: usual (base models: mmlu and questions 5; else 0)
 # --- data ---
 eval_data = "data/eval"     # folder with the published files, found by their names; "hub" fetches them
 text = ""                   # of bpb: files, folders, globs, stdlib, or data.py's folders; "a=PATH,b=PATH" names them
 text_column = "text,content"    # of .jsonl, .json and .parquet: the first of these columns that is there
-max_text_bytes = 0          # of each source of bpb, the first ones; 0: all
+invalid_utf8 = "error"      # error stops at a byte that is not UTF-8; replace puts U+FFFD there
+max_text_bytes = 0          # of each source of bpb, the first ones (of data.py's folders whole documents); 0: all
 stride = 0                  # of bpb: tokens a window moves on; smaller: more context, slower; 0: the model's context
 # --- generated answers ---
 samples = 1                 # answers to each question; 1: greedy; more: sampled, and pass@k is reported
@@ -89,20 +91,8 @@ class Subject:
 
 def load(path, mode="auto", device="auto", dtype="auto"):
     """The Subject in a model directory. ValueError for one that cannot be evaluated as asked."""
-    if mode not in ("auto", "chat", "base"):
-        raise ValueError(f"mode must be auto, chat or base, got {mode!r}")
+    model, tokenizer, chat, _ = engine.load(path, mode, device, dtype)
     folder = fetch(path)
-    tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"{path} has a model of {model.config.vocab_size} tokens and a tokenizer of "
-                         f"{tokenizer.vocab_size}; they do not belong together")
-    if mode == "chat" and tokenizer.chat_end_id is None:
-        raise ValueError(f"--mode=chat, but the tokenizer of {path} has no chat template (no <|im_start|> and "
-                         "<|im_end|>); use --mode=base")
-    chat = mode == "chat" or mode == "auto" and None is not tokenizer.chat_end_id in model.config.stop_ids
-    device = pick_device(device)
-    model.model.dtype = pick_dtype(dtype, device)
-    model.to(device, model.model.dtype).requires_grad_(False)
     shards = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
     files = [os.path.join(folder, "config.json"), *shards]
     weights = benchmarks.fingerprint("".join(map(benchmarks.file_fingerprint, files)).encode())
@@ -170,7 +160,10 @@ def plan_bpb(subject, o, machine, where):
         name, named, path = item.partition("=")
         if os.path.exists(item) or not named:
             name, path = os.path.basename(item.rstrip("/")).partition(".")[0] or item, item
-        ids, n_bytes, n_words, data = benchmarks.load_texts(path, subject.tokenizer, o.text_column, o.max_text_bytes)
+        ids, n_bytes, n_words, data = benchmarks.load_texts(path, subject.tokenizer, o.text_column, o.max_text_bytes,
+                                                           o.invalid_utf8)
+        if any(job.task == f"bpb:{name}" for job in jobs):
+            raise ValueError(f"two sources of bpb are both named {name}; name them, as in --text=a=PATH,b=PATH")
         settings = subject.settings(data={path: data}, stride=o.stride or subject.model.config.context)
         jobs.append(Job(f"bpb:{name}", settings, bpb_job(subject, o, machine, ids, n_bytes, n_words)))
     return jobs
@@ -180,7 +173,7 @@ def bpb_job(subject, o, machine, ids, n_bytes, n_words):
     def run():
         trees, document = [], []
         for number, doc in enumerate(ids):
-            trees += windows(doc.tolist(), start_id(subject.tokenizer), subject.model.config.context, o.stride)
+            trees += windows(doc.tolist(), subject.tokenizer.start_id, subject.model.config.context, o.stride)
             document += [number] * (len(trees) - len(document))
         machine.start("bpb", len(trees))
         nats = -np.array([branches[0][0] for branches in score(subject.model, trees, **machine.scoring(o))])
@@ -193,7 +186,7 @@ def bpb_job(subject, o, machine, ids, n_bytes, n_words):
         figures = {"bits_per_byte": mean_stderr(nats / math.log(2), bytes_, groups)}
         for name, units in ("perplexity", tokens), ("word_perplexity", words), ("byte_perplexity", bytes_):
             mean, stderr = mean_stderr(nats, units, groups)
-            value = math.exp(min(mean, 700))
+            value = math.exp(mean) if mean < 700 else math.inf      # text without spaces is one long word
             figures[name] = value, value * stderr
         counts = dict(documents=len(ids), tokens=int(tokens.sum()), bytes=sum(n_bytes), words=sum(n_words),
                       clusters="documents" if len(ids) > 1 else "windows")
@@ -229,25 +222,40 @@ def plan_choices(subject, o, machine, task, where):
         if task != "mmlu":                              # its answers are letters, all of one length
             figures["acc_norm"] = mean_stderr(right_norm, groups=groups)
         cut = sum(len(a) + len(b) > context + 1 for a, b in encoded)
+        if 2 * cut > len(encoded):
+            machine.print(f"{task}: {cut} of {len(encoded)} prompts are longer than the context of {context} and lost "
+                          "their beginning; the figures mean little (try --shots=0)")
         return figures, len(items), dict(answers=len(encoded), cut_on_the_left=cut, clusters=len(set(groups)))
     return [Job(task, settings, run)]
 
 
 def plan_questions(subject, o, machine, task, where):
     """Greedy accuracy, or the mean over samples and pass@k, of answers that tasks.py verifies."""
-    kind, n_shots, files, examples = TASKS[task], 0 if subject.chat else 5 if o.shots < 0 else o.shots, {}, []
+    usual = 0 if subject.chat else 5
+    kind, n_shots, files, examples = TASKS[task], usual if o.shots < 0 else o.shots, {}, []
+    if task == "arithmetic" and where != o.eval_data:
+        raise ValueError(f"task arithmetic generates its questions and reads no file, got {where!r}")
     paths = {"test": None, "train": None}
     for split in ("test", "train")[:1 + bool(n_shots)] if task != "arithmetic" else ():
-        paths[split], files[split] = benchmarks.question_file(task, where, split)
+        try:
+            paths[split], files[split] = benchmarks.question_file(task, where, split)
+        except ValueError as error:
+            if split == "test":
+                raise
+            raise ValueError(f"{error}; or ask without worked examples, --shots=0") from None
     if n_shots:
         examples = list(kind.questions("train", path=paths["train"], limit=n_shots))
+        if len(examples) < n_shots:
+            raise ValueError(f"task {task} has {len(examples)} worked examples, and --shots={n_shots} asks for more")
     limit = o.limit or (500 if task == "arithmetic" else 0)
     questions = list(kind.questions("test", path=paths["test"], limit=limit))
     refuse_empty(task, [question.problem for question in questions])
     asked = []
     for question in questions:
         if subject.chat:
-            asked.append(subject.tokenizer.encode_chat(kind.messages(question), open_answer=True)[0])
+            before = [message for example in examples for message in
+                      (*kind.messages(example), {"role": "assistant", "content": example.worked})]
+            asked.append(subject.tokenizer.encode_chat(before + kind.messages(question), open_answer=True)[0])
         else:
             parts = [kind.plain(example) + kind.plain_answer(example) for example in examples] + [kind.plain(question)]
             asked.append(plain_ids(subject, "\n\n".join(parts)))
@@ -266,7 +274,7 @@ def plan_questions(subject, o, machine, task, where):
                       for question, row in zip(questions, answers)]
             names = {"strict": 0, "lenient": 1}
         hits = {name: [[verdict[at] for verdict in row] for row in judged] for name, at in names.items()}
-        return answer_figures(hits, o.samples), len(questions), counts
+        return answer_figures(hits, o.samples, [question.key for question in questions]), len(questions), counts
     return [Job(task, settings, run)]
 
 
@@ -336,22 +344,30 @@ def plan_judge(subject, o, machine, task, where):
            judges.reward_model(fetch(o.judge), pick_device(o.device)))
     asked, other = judges.read_prompts(given["prompts"])[:o.limit or None], load(o.against, o.mode, o.device, o.dtype)
     refuse_empty(f"{task} {given['prompts']}", [chat[-1]["content"] for chat in asked])
+    if not remote:
+        judge_files = sorted(glob.glob(os.path.join(glob.escape(fetch(o.judge)), "*.safetensors")))
     texts, settings = zip(*(plan_answers(who, o, machine, f"{task} {who.name}",
                                          [messages_ids(who, chat) for chat in asked], 512, ())
                             for who in (subject, other)))
     settings = dict(settings[0], data={given["prompts"]: benchmarks.file_fingerprint(given["prompts"])}, limit=o.limit,
-                    against=o.against, against_settings=settings[1], judge=o.judge, judge_model=o.judge_model)
+                    against=o.against, against_settings=settings[1], judge=o.judge, judge_model=o.judge_model,
+                    **({} if remote else {"judge_weights": [*map(benchmarks.file_fingerprint, judge_files)]}))
 
     def run():
         (mine, counts), (theirs, _) = (answer() for answer in texts)
         machine.start("judging", 2 * len(asked) * machine.world_size)
         found = [None]
         if machine.rank == 0:
-            found[0] = judges.win_rate(asked, [row[0] for row in mine], [row[0] for row in theirs], ask,
-                                       8 if remote else 1, lambda _: machine.advance())
+            try:
+                found[0] = judges.win_rate(asked, [row[0] for row in mine], [row[0] for row in theirs], ask,
+                                           8 if remote else 1, lambda _: machine.advance())
+            except ValueError as error:                     # the other ranks wait for a word
+                found[0] = error
         if machine.world_size > 1:
             dist.broadcast_object_list(found)
         result = found[0]
+        if isinstance(result, ValueError):
+            raise result
         more = {name: result[name] for name in ("wins", "losses", "ties", "inconsistent", "failed")}
         return {"win_rate": (result["win_rate"], result["stderr"])}, result["n"], {**counts, **more}
     return [Job(task, settings, run)]
@@ -367,7 +383,7 @@ def refuse_empty(task, texts):
 
 def plain_ids(subject, text):
     """A base model's prompt, which begins as documents do."""
-    return [start_id(subject.tokenizer), *subject.tokenizer.encode(text)]
+    return [subject.tokenizer.start_id, *subject.tokenizer.encode(text)]
 
 
 def chat_ids(subject, text):
@@ -418,7 +434,7 @@ def plan_answers(subject, o, machine, task, asked, usual_tokens, stop):
 
 def answer_text(tokens, tokenizer, ends, stop):
     """The text of generated ids, without the stop that ended it."""
-    text = tokenizer.decode([t for t in tokens if t is not None and t not in ends])
+    text = tokenizer.decode([token for token in tokens if token not in ends])
     return text[:min((at for at in map(text.find, stop) if at >= 0), default=None)]
 
 
@@ -432,7 +448,7 @@ def plan(subject, o, machine):
     """The jobs of --tasks. ValueError for an unknown task, and for whatever a task finds missing."""
     jobs = []
     # a comma before a name ends a task; others stand in the value, as in bpb=a.txt,b.txt
-    for item in filter(None, (item.strip(" ,") for item in re.split(r",(?=\w+(?:[=,]|$))", o.tasks))):
+    for item in filter(None, (item.strip(" ,") for item in re.split(r",(?=\s*\w+\s*(?:[=,]|$))", o.tasks))):
         task, _, where = item.partition("=")
         if task != "bpb" and task not in PLANS:
             raise ValueError(f"there is no task {task!r}{nearest(task, ['bpb', *PLANS])}; tasks are bpb, "
@@ -456,7 +472,15 @@ def main(config):
         raise SystemExit("eval.py: name what to evaluate, as in --model=out/sft, or a file to print with --table=FILE")
     machine = Machine()
     keep_freed_memory()
-    for path in filter(None, map(str.strip, o.model.split(","))):
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends us quietly
+    if o.append and machine.rank == 0:
+        append_record(o.append)                             # what cannot be written is said now
+    paths = [path if path.startswith("hub:") else os.path.normpath(path)
+             for path in filter(None, map(str.strip, o.model.split(",")))]
+    for path in paths:
+        fetch(path)                                         # a missing one is said before the first is evaluated
+    for path in paths:
         subject = load(path, o.mode, o.device, o.dtype)
         jobs = plan(subject, o, machine)                    # every task's data and prompts are checked first
         done = [(record["model"], record["task"], record["settings"]) for record in read_records(o.append)]
@@ -468,16 +492,16 @@ def main(config):
             begin = time.perf_counter()
             figures, n, counts = job.run()
             machine.stop()
-            record = {"model": path, "task": job.task, "metrics": {name: value for name, (value, _) in figures.items()},
-                      "stderr": {name: None if math.isnan(error) else error for name, (_, error) in figures.items()},
+            metrics, stderr = ({name: finite(pair[at]) for name, pair in figures.items()} for at in (0, 1))
+            record = {"model": path, "task": job.task, "metrics": metrics, "stderr": stderr,
                       "n": n, "counts": counts, "settings": settings, "seconds": round(time.perf_counter() - begin, 2),
                       "date": datetime.datetime.now().isoformat(timespec="seconds")}
-            if machine.rank == 0 and o.append:
-                append_record(o.append, record)
             line = " | ".join(f"{name} {shown(value, record['stderr'][name])}"
                               for name, value in record["metrics"].items())
             noted = ", ".join(f"{name} {value}" for name, value in counts.items())
             machine.print(f"{path} {job.task}: {line} | n {n} ({noted}), {record['seconds']:.1f} s")
+            if machine.rank == 0 and o.append:
+                append_record(o.append, record)
     if machine.rank == 0:
         if o.table:
             show_table(o.table)

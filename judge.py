@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import statistics
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from model import ScalarHead
+from results import mean_stderr
 from tasks import read_rows
 from tokenizer import Tokenizer
 
@@ -102,10 +102,12 @@ def win_rate(prompts, answers_a, answers_b, ask, parallel=1, progress=None):
         reasons = Counter(getattr(ask, "failures", ())).most_common(3)
         reasons = ", ".join(f"{reason}: {count} times" for reason, count in reasons) or "no reason given"
         raise ValueError(f"the judge gave no verdict on any of {len(pairs)} prompts ({reasons})")
+    kept = [json.dumps(prompt) for prompt, pair in zip(prompts, pairs) if None not in pair]
+    mean, stderr = mean_stderr(scores, groups=kept)         # equal prompts go together
     return dict(wins=scores.count(1.0), losses=scores.count(0.0), ties=scores.count(0.5),
                 inconsistent=sum(pair not in (("1", "2"), ("2", "1"), ("tie", "tie")) for pair in judged),
-                failed=len(pairs) - len(judged), win_rate=statistics.fmean(scores), n=len(judged),
-                stderr=statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan)
+                failed=len(pairs) - len(judged), win_rate=mean, n=len(judged),
+                stderr=stderr)
 
 
 # --- judges ---

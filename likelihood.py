@@ -8,10 +8,8 @@ branches. So the context is computed once, however many continuations it has.
 
 Shapes: B trees, T tokens of a tree, C channels, N predicted tokens.
 """
-import functools
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +33,7 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=0, greedy=True, rank=0,
 
 def encode_pairs(tokenizer, pairs):
     """[(context ids, continuation ids)]: of context + continuation, what follows the context's own number of ids."""
-    begin = prefix_ids(tokenizer)
+    begin = tokenizer.prefix_ids
     moved = [(context.rstrip(), context[len(context.rstrip()):] + continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved))
     ids_of = dict(zip(contexts, tokenizer.encode_batch(contexts)))
@@ -46,21 +44,9 @@ def encode_pairs(tokenizer, pairs):
         if len(whole) <= first:
             raise ValueError(f"continuation {number + 1:,} is empty, or melts into its context: {continuation!r:.60} "
                              f"after {context[-60:]!r}")
-        before = begin if context else [start_id(tokenizer)]
+        before = begin if context else [tokenizer.start_id]
         encoded.append(([*before, *ids_of[context].tolist()], whole[first:].tolist()))
     return encoded
-
-
-@functools.lru_cache(maxsize=8)
-def prefix_ids(tokenizer):
-    """What the tokenizer's file says to put before every text (Llama 3's <|begin_of_text|>); ours says nothing."""
-    files = getattr(tokenizer, "_files", {})
-    return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("").ids if files else []
-
-
-def start_id(tokenizer):
-    """The id that text begins after: that of the prefix, or where there is none the end-of-text token."""
-    return (prefix_ids(tokenizer) or [tokenizer.eot_id])[0]
 
 
 def plant(encoded, context_length):

@@ -112,6 +112,9 @@ class Config:
         try:
             eos, *ends = as_list(hf.get("eos_token_id")) or [None]
             ends += [i for i in as_list((generation or {}).get("eos_token_id")) if i not in (eos, *ends)]
+            if not all(isinstance(i, (int, type(None))) for i in (eos, *ends)):
+                raise ValueError(f"{path}/config.json and generation_config.json have eos_token_id={[eos, *ends]!r}, "
+                                 "which are not whole numbers")
             scaling = {name: rope[name] for name in LLAMA3_ROPE} if scaled == "llama3" else None
             return cls(vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                        n_kv_head=hf.get("num_key_value_heads") or 0, n_embd=hf["hidden_size"],
@@ -205,17 +208,18 @@ class Backbone(nn.Module):
         self.checkpointing = False              # recompute each block in backward: less memory, a third more time
 
     def forward(self, ids, cu_seqlens=None, positions=None, attend=None):
-        """Final hidden states (B, T, C). A cache gives the tokens' positions (B, T) and attend(layer, q, k, v), which
-        then stands for attention (engine.py)."""
+        """Final hidden states (B, T, C). positions (B, T), and attend(layer, q, k, v), which then stands for attention,
+        are for tokens that do not just follow one another (likelihood.py)."""
         x = F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rope(positions, rope_frequencies(self.config, ids.device), self.dtype)
         for i, layer in enumerate(self.layers):
+            inputs = x, cos, sin, cu_seqlens, attend and functools.partial(attend, i)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, attend and functools.partial(attend, i))
+                x = layer(*inputs)
         return self.norm(x)
 
 
@@ -287,7 +291,7 @@ class GPT(nn.Module):
         config = self.config.to_hf()
         generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if self.config.end_ids:
-            generation["eos_token_id"] = [*self.config.end_ids, self.config.eos_id]
+            generation["eos_token_id"] = [*self.config.end_ids, *as_list(self.config.eos_id)]
         write_model(directory, weights, config, generation)
 
     @classmethod

@@ -40,28 +40,39 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def answer_figures(hits, n_samples):
-    """{name: (mean, stderr)} of {name: [[one for each sample] for each question]}, and pass@k of the first name."""
-    figures = {name: mean_stderr([sum(row) / len(row) for row in rows]) for name, rows in hits.items()}
+def finite(value):
+    """The value as it is kept in a record: None where it is no finite number."""
+    return value if math.isfinite(value) else None
+
+
+def answer_figures(hits, n_samples, groups=None):
+    """{name: (mean, stderr)} of {name: [[one for each sample] for each question]}, and pass@k of the first name;
+    groups: what equal questions have in common, one for each."""
+    figures = {name: mean_stderr([sum(row) / len(row) for row in rows], groups=groups) for name, rows in hits.items()}
     k = 1
     while n_samples > 1 and k <= n_samples:
-        figures[f"pass@{k}"] = mean_stderr([pass_at_k(n_samples, sum(row), k) for row in next(iter(hits.values()))])
+        values = [pass_at_k(n_samples, sum(row), k) for row in next(iter(hits.values()))]
+        figures[f"pass@{k}"] = mean_stderr(values, groups=groups)
         k *= 2
     return figures
 
 
 # --- results ---
 
+ONLY_IN_FILE = ("word_perplexity", "byte_perplexity")      # left out of the table: bits_per_byte says the same
+
+
 def read_records(path):
     """The records of a results file, [] if there is none. ValueError for a line that is not one."""
     if not os.path.exists(path):
         return []
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                record["model"], record["task"], record["metrics"].items(), record["stderr"], record["settings"]
+                [record[name] for name in ("model", "task", "n")] + [record["settings"].get("weights")]
+                [(value or 0) + (record["stderr"][name] or 0) for name, value in record["metrics"].items()]
                 records.append(record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"line {number} of {path} is not a result of eval.py; remove it, or take another "
@@ -69,28 +80,42 @@ def read_records(path):
     return records
 
 
-def append_record(path, record):
-    """One line at the end of the file, by one write: other processes may append at the same time."""
+def append_record(path, record=None):
+    """One line at the end of the file, by one write: other processes may append at the same time. None: no line yet."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, (json.dumps(record, allow_nan=False) + "\n").encode())
+        os.write(file, (json.dumps(record, allow_nan=False) + "\n").encode() if record else b"")
         os.fsync(file)
     finally:
         os.close(file)
 
 
 def shown(value, stderr):
+    if value is None or isinstance(value, int):
+        return "-" if value is None else str(value)
+    if abs(value) >= 1e6:
+        return f"{value:.3g}" + (f" ±{stderr:.2g}" if stderr is not None else "")
     digits = 3 if abs(value) < 100 else 1
     return f"{value:,.{digits}f}" + (f" ±{stderr:,.{digits}f}" if stderr is not None else "")
 
 
-def newest(records):
-    """{model: {(task, metric): (value, stderr)}} and the columns in order; of one name the last record counts."""
-    cells, tasks = {}, list(dict.fromkeys(record["task"] for record in records))
+def chosen(records):
+    """{model: {(task, metric): (value, stderr)}} and the columns in order. A model's task is one whole record: with its
+    newest weights the one of most questions, of equal ones the last."""
+    best, tasks = {}, list(dict.fromkeys(record["task"] for record in records))
     for record in records:
-        for name, value in record["metrics"].items():
-            cells.setdefault(record["model"], {})[record["task"], name] = value, record["stderr"][name]
+        place = record["model"], record["task"]
+        before = best.get(place)
+        if not before or (before["settings"].get("weights") != record["settings"].get("weights")
+                          or record["n"] >= before["n"]):
+            best[place] = record
+    cells = {}
+    for (model, task), record in best.items():
+        row = cells.setdefault(model, {})
+        row[task, "n"] = record["n"], None
+        row.update({(task, name): (value, record["stderr"][name]) for name, value in record["metrics"].items()
+                    if name not in ONLY_IN_FILE})
     columns = dict.fromkeys(column for row in cells.values() for column in row)
     return cells, sorted(columns, key=lambda column: tasks.index(column[0]))
 
@@ -98,7 +123,7 @@ def newest(records):
 def table_text(records, width=120):
     """An aligned table: a row for each model, a column for each figure with its standard error; in blocks of at most
     `width` characters."""
-    cells, columns = newest(records)
+    cells, columns = chosen(records)
     lines = [["", *(task for task, _ in columns)], ["model", *(metric for _, metric in columns)]]
     lines += [[name, *(shown(*row[column]) if column in row else "-" for column in columns)]
               for name, row in cells.items()]
@@ -119,7 +144,8 @@ def draw_table(records, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    cells, columns = newest(records)
+    cells, columns = chosen(records)
+    columns = [column for column in columns if column[1] != "n"]
     across = min(4, len(columns))
     down = -(-len(columns) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down + 0.3 * len(cells)), squeeze=False)
@@ -127,7 +153,7 @@ def draw_table(records, path):
         axis.axis("off")
     colours = {name: f"C{i % 10}" for i, name in enumerate(cells)}
     for axis, column in zip(axes.flat, columns):
-        rows = [(name, *row[column]) for name, row in cells.items() if column in row]
+        rows = [(name, *row[column]) for name, row in cells.items() if row.get(column, (None,))[0] is not None]
         axis.bar(range(len(rows)), [value for _, value, _ in rows], yerr=[stderr or 0 for *_, stderr in rows],
                  capsize=3, color=[colours[name] for name, *_ in rows])
         axis.set_xticks(range(len(rows)), [name for name, *_ in rows], rotation=30, ha="right", fontsize=7)
@@ -140,6 +166,8 @@ def draw_table(records, path):
 
 
 def show_table(path):
+    if path.endswith(".png"):
+        raise ValueError(f"--table={path} names a picture; give the file of results, and the picture lies beside it")
     records = read_records(path)
     if not records:
         raise ValueError(f"there are no results in {path}; write some with --model=DIR --tasks=NAMES --append={path}")

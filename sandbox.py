@@ -6,7 +6,8 @@ It does not stop an attacker who knows how it is made; run hostile programs in a
     wall-clock time, then the death of the whole process group      by the parent; Linux and macOS
     CPU time, size of a file, number of open files, no core dump    resource limits; Linux and macOS
     memory, as address space                                        resource limit; Linux, as macOS ignores it
-    no process, thread, program or signal; no socket of any kind    the kernel (seccomp); Linux on x86_64 and arm64
+    no process, thread, program or signal; no socket of any kind,   the kernel (seccomp); Linux on x86_64 and arm64
+        no pipe or device in the file system
     the same, where Python code asks for it                         audit hook; Linux and macOS
     nothing written, renamed or removed outside an empty            audit hook: Python's own calls, not those of C
         temporary folder, which is removed afterwards               libraries; Linux and macOS
@@ -32,9 +33,13 @@ REFUSED = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os
 WRITES = {"os.remove": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1,
           "os.chmod": 1, "os.chown": 1, "os.chflags": 1, "os.utime": 1, "shutil.rmtree": 1, "shutil.move": 2,
           "sqlite3.connect": 1}
-# system calls: clone fork vfork clone3, execve execveat, kill tkill tgkill, socket socketpair, ptrace, io_uring_setup
-SYSTEM_CALLS = {"x86_64": (56, 57, 58, 435, 59, 322, 62, 200, 234, 41, 53, 101, 425),
-                "aarch64": (220, 435, 221, 281, 129, 130, 131, 198, 199, 117, 425)}
+# system calls: clone fork vfork clone3, execve execveat, kill tkill tgkill, socket socketpair, ptrace, io_uring_setup,
+# mknod mknodat
+SYSTEM_CALLS = {"x86_64": (56, 57, 58, 435, 59, 322, 62, 200, 234, 41, 53, 101, 425, 133, 259),
+                "aarch64": (220, 435, 221, 281, 129, 130, 131, 198, 199, 117, 425, 33)}
+# events whose last arguments are folders that the paths are relative to, -1 for none: how many
+FOLDERS = {"os.remove": 1, "os.rename": 2, "os.link": 2, "os.symlink": 1, "os.mkdir": 1, "os.rmdir": 1, "os.chmod": 1,
+           "os.chown": 1, "os.utime": 1}
 
 
 def run(program, seconds=5, megabytes=512):
@@ -51,7 +56,7 @@ def run(program, seconds=5, megabytes=512):
     import tempfile
     if os.name != "posix":
         raise ValueError(f"sandbox.run needs Linux or macOS, for their limits on processes; this is {sys.platform}")
-    token = secrets.token_hex(16)       # only who runs to the end says it
+    token = secrets.token_hex(16)       # said at the end: an accident does not find it
     order = json.dumps({"program": program, "token": token, "seconds": seconds, "megabytes": megabytes})
     timed_out = False
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder, \
@@ -160,6 +165,10 @@ def audit_hook(folder):
     def hook(event, arguments):
         if event.startswith(REFUSED):
             raise PermissionError(f"{event} is not allowed in the sandbox")
+        folders = arguments[len(arguments) - FOLDERS.get(event, 0):]
+        address = event == "sqlite3.connect" and str(arguments[0]).startswith("file:")
+        if address or any(number != -1 for number in folders):
+            raise PermissionError(f"{event} by an address or a folder's number is not allowed in the sandbox")
         paths = arguments[:WRITES.get(event, 0)]
         if event == "open" and arguments[2] & writing:
             paths = arguments[:1]

@@ -337,6 +337,16 @@ class Tokenizer:
         """The id of the padding token; None if there is none."""
         return self.specials.get(self._special_text(PADDING, "pad_token"))
 
+    @cached_property
+    def prefix_ids(self):
+        """What the file says to put before every text, as Llama 3's does with <|begin_of_text|>; ours says nothing."""
+        return tokenizers.Tokenizer.from_str(self._files["tokenizer.json"].decode()).encode("").ids
+
+    @property
+    def start_id(self):
+        """The id that a text begins with: the file's own, else the end of the text before, as in our documents."""
+        return (self.prefix_ids or [self.eot_id])[0]
+
     @property
     def chat_end_id(self):
         """The id of <|im_end|>, which ends a message of a chat; None if the tokenizer has no such chats."""

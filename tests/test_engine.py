@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import decoder
 import engine
 from kernels import attention, decode_attention, linear, linear_logprob, rms_norm
 from model import GPT, Config
@@ -71,19 +72,21 @@ def test_logits_of_every_step_equal_the_uncached_ones(monkeypatch):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same():
-    """What a CUDA graph replays: a power of two of rows, all columns."""
-    model, prompts = tiny(), ragged(21)
-    expected = engine.generate(model, prompts, max_new_tokens=10, max_batch=11, seed=1)
-    cache = engine.Cache(model)
-    cache.ids, cache.buckets = None, {}
-    make = engine.Cache
-    try:
-        engine.Cache = lambda model: cache
-        got = engine.generate(model, prompts, max_new_tokens=10, max_batch=11, seed=1)
-    finally:
-        engine.Cache = make
-    assert cache.buckets and {size & (size - 1) for size in cache.buckets} == {0}
+def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(monkeypatch):
+    """What a CUDA graph does: capturing runs the step, and a replay computes a power of two of rows and all columns."""
+    model, prompts = tiny(context=600), ragged(21)
+    options = dict(max_new_tokens=300, max_batch=11, seed=1, temperature=0, stop=())
+    expected = engine.generate(model, prompts, **options)
+    captures = []
+    monkeypatch.setattr(decoder, "captured", lambda step, device: captures.append(step()) or step)
+
+    class Bucketed(decoder.Cache):
+        def __init__(self, model):
+            super().__init__(model)
+            self.buckets = {}
+    monkeypatch.setattr(engine, "Cache", Bucketed)
+    got = engine.generate(model, prompts, **options)
+    assert {len(logits) & len(logits) - 1 for logits in captures} == {0} and len(captures) == 2
     assert [s.tokens for s in got] == [s.tokens for s in expected]
 
 
@@ -91,11 +94,11 @@ def test_a_decoder_in_bf16_computes_what_the_model_does_and_leaves_it_alone():
     model = tiny()
     model.model.dtype = torch.bfloat16
     before, ids = [p.clone() for p in model.parameters()], torch.tensor([[5, 6, 7, 8]])
-    decoder = engine.Decoder(model)
-    assert decoder.head.dtype == torch.bfloat16
+    twin = decoder.Decoder(model)
+    assert twin.head.dtype == torch.bfloat16
     positions = torch.arange(4).expand(1, 4)
     with torch.inference_mode():
-        hidden = decoder.forward(ids, positions, lambda layer, q, k, v: attention(q, k, v))
+        hidden = twin.forward(ids, positions, lambda layer, q, k, v: attention(q, k, v))
     torch.testing.assert_close(hidden, model.forward_hidden(ids), atol=0.06, rtol=0.02)
     assert len(engine.generate(model, [[5, 6]], max_new_tokens=4, stop=())[0].tokens) == 4
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
@@ -142,9 +145,10 @@ def test_log_probabilities_are_renormalised_over_what_transformers_keeps(filters
             ids.append(token)
 
 
-def test_greedy_reports_the_models_own_log_probability():
+@pytest.mark.parametrize("filters", [{}, dict(top_p=0.5, top_k=3, min_p=0.2)])
+def test_greedy_reports_the_models_own_log_probability(filters):
     model = tiny()
-    [sample] = engine.generate(model, [[5, 6]], max_new_tokens=1, temperature=0)
+    [sample] = engine.generate(model, [[5, 6]], max_new_tokens=1, temperature=0, **filters)
     logp = torch.log_softmax(next_logits(model, [5, 6]), -1)
     assert sample.logp == pytest.approx([logp.max().item()], abs=1e-6)
 
@@ -199,6 +203,40 @@ def test_the_padding_token_is_never_sampled_however_likely():
     assert samples[0].logp == pytest.approx([-math.log(VOCAB - 1)] * 10, abs=1e-5)
 
 
+@pytest.mark.parametrize("pad_id, sampled", [(None, True), (EOS, True), (5000, True), (-1, True), (PAD, False)])
+def test_only_a_padding_token_of_its_own_is_banned(pad_id, sampled):
+    model = tiny(pad_id=pad_id)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    samples = engine.generate(model, [[5]], 300, max_new_tokens=10, stop=(), max_batch=300)
+    tokens = {token for sample in samples for token in sample.tokens}
+    assert tokens == set(range(VOCAB)) - (set() if sampled else {PAD})
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
+def test_a_tiny_temperature_is_nearly_greedy(temperature):
+    model, prompts = tiny(), ragged(10)
+    samples = engine.generate(model, prompts, max_new_tokens=4, temperature=temperature)
+    assert [s.tokens for s in samples] == [greedy(model, prompt, 4) for prompt in prompts]
+
+
+def test_a_cache_serves_one_stream_at_a_time():
+    model = tiny()
+    cache = engine.Cache(model)
+    first = engine.stream(model, [[5, 6]], cache=cache, stop=())
+    next(first)
+    list(engine.stream(model, [[7, 8]], cache=cache, stop=(), max_new_tokens=3))
+    with pytest.raises(ValueError, match="one conversation at a time"):
+        list(first)
+
+
+def test_a_lone_stop_is_one_stop():
+    tokenizer = Tokenizer.train(["plain bytes"], 264)
+    assert engine.split_stop("ab", tokenizer) == (set(), ["ab"])
+    assert engine.split_stop(5, None) == ({5}, []) and engine.split_stop([torch.tensor(7)], None) == ({7}, [])
+    assert engine.row_key(np.int64(3), (1,), 0) == engine.row_key(3, (1,), 0)
+
+
 def test_a_token_of_probability_zero_is_never_drawn():
     logp = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2 ** -53):
@@ -209,8 +247,8 @@ def test_a_token_of_probability_zero_is_never_drawn():
 
 def counted(monkeypatch):
     """A list that receives the number of tokens of every forward pass."""
-    made, forward = [], engine.Decoder.forward
-    monkeypatch.setattr(engine.Decoder, "forward",
+    made, forward = [], decoder.Decoder.forward
+    monkeypatch.setattr(decoder.Decoder, "forward",
                         lambda self, ids, *args: made.append(tuple(ids.shape)) or forward(self, ids, *args))
     return made
 
@@ -316,6 +354,7 @@ def test_generation_does_not_touch_torchs_random_state():
 
 @pytest.mark.parametrize("prompts, options, message", [
     ([[5], []], {}, "prompt 1 is empty"), ([[5]], dict(temperature=-1), "temperature must be"),
+    ([[5]], dict(temperature=math.inf), "temperature must be"),
     ([[5] * 65], {}, "prompt 0 has 65 tokens, more than the model's context of 64"),
     ([[5, 96]], {}, "holds the ids 5 to 96, but the model knows 0 to 95"),
     ([[5]], dict(top_p=0), "top_p must be above 0"), ([[5]], dict(top_k=-1), "top_k must be"),

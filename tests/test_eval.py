@@ -405,19 +405,27 @@ def test_two_ranks_equal_one(appended, tmp_path):
 
 
 def record(model, task, metrics, stderr):
-    return dict(model=model, task=task, metrics=metrics, stderr=stderr, settings={})
+    return dict(model=model, task=task, metrics=metrics, stderr=stderr, settings={}, n=10)
 
 
-def test_the_table_is_aligned_and_shows_the_newest_figure():
+def test_the_table_is_aligned_and_shows_one_whole_record_of_each_task():
     records = [record("a", "x", {"acc": 0.1}, {"acc": 0.01}), record("long/name", "x", {"acc": 0.25}, {"acc": None}),
                record("a", "y", {"ppl": 1234.5}, {"ppl": 6.0}), record("a", "x", {"acc": 0.5}, {"acc": 0.125})]
     assert table_text(records).splitlines() == [
-        "                      x             y",
-        "model               acc           ppl",
-        "a          0.500 ±0.125  1,234.5 ±6.0",
-        "long/name         0.250             -"]
+        "            x             x   y             y",
+        "model       n           acc   n           ppl",
+        "a          10  0.500 ±0.125  10  1,234.5 ±6.0",
+        "long/name  10         0.250   -             -"]
     narrow = table_text(records, width=25)
-    assert max(map(len, narrow.splitlines())) <= 25 and narrow.count("long/name") == 2
+    assert max(map(len, narrow.splitlines())) <= 25 and narrow.count("long/name") > 1
+
+
+@pytest.mark.parametrize("second, value", [(dict(n=5), 0.1), (dict(n=10), 0.5), (dict(n=20), 0.5),
+                                           (dict(n=5, settings={"weights": "new"}), 0.5)])
+def test_a_run_of_fewer_questions_does_not_replace_one_of_more_with_the_same_weights(second, value):
+    first = record("a", "x", {"acc": 0.1, "pass@4": 0.3}, {"acc": 0.01, "pass@4": 0.1})
+    text = table_text([first, {**record("a", "x", {"acc": 0.5}, {"acc": 0.01}), **second}])
+    assert f"{value:.3f}" in text and ("pass@4" in text) == (value == 0.1)
 
 
 def test_the_table_is_printed_and_drawn_without_a_model(appended):
@@ -447,7 +455,7 @@ BAD = {
     "empty judge prompt": (["--tasks=judge={tmp}/blank.jsonl", "--against={base}", "--judge=http://localhost:9/v1",
                             "--judge_model=m"], "blank.jsonl: prompt 1 is empty"),
     "no tokenizer": (["--model={tmp}/bare"], "bare holds no tokenizer"),
-    "no template": (["--model={tmp}/plain", "--mode=chat"], "has no chat template"),
+    "no template": (["--model={tmp}/plain", "--mode=chat"], "chat template is missing"),
     "no mode": (["--mode=talk"], "mode must be auto, chat or base, got 'talk'"),
     "NaN": (["--model={tmp}/nan"], "lm_head.weight holds 1 values that are not finite"),
     "code unasked": (["--tasks=humaneval"], "humaneval runs Python that the model wrote"),

@@ -11,9 +11,11 @@ import configurator
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": set(), "common": set(), "sources": set(),
-         "model": {"kernels", "common"}, "engine": {"kernels", "model"}, "tasks": {"sources"},
-         "judge": {"model", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(), "likelihood": {"kernels"},
-         "results": {"common"}, "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
+         "model": {"kernels", "common"}, "decoder": {"kernels", "model"},
+         "engine": {"common", "decoder", "model", "tokenizer"}, "tasks": {"sources"},
+         "judge": {"model", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
+         "likelihood": {"kernels"}, "results": {"common"},
+         "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "data": {"configurator", "tokenizer", "common", "sources"}}
 STAGES = {"pretrain", "eval", "chat"}   # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used

@@ -49,7 +49,7 @@ def test_a_judge_of_content_counts_wins_losses_and_ties():
 
 @pytest.mark.parametrize("place", ["1", "2"])
 def test_a_judge_of_position_alone_gives_nothing_but_ties(place):
-    result = win_rate([user("?")] * 5, ["a"] * 5, ["b"] * 5, lambda *_: place)
+    result = win_rate([user(str(i)) for i in range(5)], ["a"] * 5, ["b"] * 5, lambda *_: place)
     assert (result["ties"], result["inconsistent"], result["win_rate"], result["stderr"]) == (5, 5, 0.5, 0)
 
 
