@@ -4,8 +4,9 @@
     python eval.py --model=out/sft --tasks=gsm8k,arc_easy --eval_data=data/eval --append=out/table.jsonl
     python eval.py --table=out/table.jsonl                                  what was appended, as a table and a picture
 
-Tasks: bpb; hellaswag, arc_easy, arc_challenge, piqa, mmlu (by log-likelihood, as lm-evaluation-harness); gsm8k, svamp,
-arithmetic (generated and verified); humaneval; ifeval; judge (a win rate). docs/eval.md says what each reports.
+Tasks: bpb; hellaswag, arc_easy, arc_challenge, piqa, mmlu (by log-likelihood, as lm-evaluation-harness); gsm8k, svamp
+and the generated tasks of tasks.py (verified); humaneval; ifeval; judge (a win rate). docs/eval.md says what each
+reports.
 Standard errors are clustered (Miller 2024, arXiv:2411.00640, eq. 4) by questions that share a prompt or a source.
 """
 import dataclasses
@@ -233,10 +234,10 @@ def plan_questions(subject, o, machine, task, where):
     """Greedy accuracy, or the mean over samples and pass@k, of answers that tasks.py verifies."""
     usual = 0 if subject.chat else 5
     kind, n_shots, files, examples = TASKS[task], usual if o.shots < 0 else o.shots, {}, []
-    if task == "arithmetic" and where != o.eval_data:
-        raise ValueError(f"task arithmetic generates its questions and reads no file, got {where!r}")
+    if kind.generated and where != o.eval_data:
+        raise ValueError(f"task {task} generates its questions and reads no file, got {where!r}")
     paths = {"test": None, "train": None}
-    for split in ("test", "train")[:1 + bool(n_shots)] if task != "arithmetic" else ():
+    for split in ("test", "train")[:1 + bool(n_shots)] if not kind.generated else ():
         try:
             paths[split], files[split] = benchmarks.question_file(task, where, split)
         except ValueError as error:
@@ -247,7 +248,7 @@ def plan_questions(subject, o, machine, task, where):
         examples = list(kind.questions("train", path=paths["train"], limit=n_shots))
         if len(examples) < n_shots:
             raise ValueError(f"task {task} has {len(examples)} worked examples, and --shots={n_shots} asks for more")
-    limit = o.limit or (500 if task == "arithmetic" else 0)
+    limit = o.limit or (500 if kind.generated else 0)
     questions = list(kind.questions("test", path=paths["test"], limit=limit))
     refuse_empty(task, [question.problem for question in questions])
     asked = []

@@ -5,6 +5,7 @@ import itertools
 import json
 import operator
 import os
+import random
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from tasks import SPLITS, TASKS, number
 DATA = Path(os.environ.get("ZERO2CHAT_DATA") or Path(tasks.__file__).resolve().parents[1] / "shared" / "data")
 needs_gsm8k = pytest.mark.skipif(not (DATA / "eval/gsm8k").is_dir(), reason=f"no {DATA}/eval/gsm8k; set ZERO2CHAT_DATA")
 ARITHMETIC = TASKS["arithmetic"]
+GENERATED = [name for name, task in TASKS.items() if task.generated]
 score = ARITHMETIC.score
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -215,13 +217,15 @@ def test_arithmetic_answers_and_every_step_are_true(split):
         assert all(value_of(left) == int(right) for left, right in (step.split(" = ") for step in steps))
 
 
-@given(st.integers(0, 2**32))
+@pytest.mark.parametrize("name", GENERATED)
+@given(seed=st.integers(0, 2**32))
 @settings(max_examples=20)
-def test_worked_answers_are_right_by_every_verifier(seed):
-    for question in ARITHMETIC.questions("train", seed=seed, limit=20):
-        assert ARITHMETIC.score(question.worked, question.answer) == RIGHT
-        assert ARITHMETIC.score_plain(ARITHMETIC.plain_answer(question), question.answer) == (True, True)
-        assert ARITHMETIC.lenient(question.worked, question.answer)
+def test_worked_answers_are_right_by_every_verifier(name, seed):
+    task = TASKS[name]
+    for question in task.questions("train", seed=seed, limit=20):
+        assert task.score(question.worked, question.answer) == RIGHT
+        assert task.score_plain(task.plain_answer(question), question.answer) == (True, True)
+        assert task.lenient(question.worked, question.answer) and not question.flawed
 
 
 def test_arithmetic_has_negatives_products_and_two_to_four_terms():
@@ -231,45 +235,303 @@ def test_arithmetic_has_negatives_products_and_two_to_four_terms():
     assert terms == {2, 3, 4} and any("*" in question.problem for question in questions)
 
 
-def test_no_problem_is_on_two_sides_whatever_the_seeds():
-    found = {split: {q.problem for seed in range(3) for q in ARITHMETIC.questions(split, seed, limit=600)}
-             for split in SPLITS}
+@pytest.mark.parametrize("name", GENERATED)
+def test_no_problem_is_on_two_sides_whatever_the_seeds_and_flaws(name):
+    found = {split: {q.problem for seed, flawed in [(0, 0), (1, 0.6), (2, 1)]
+                     for q in TASKS[name].questions(split, seed, limit=300, flawed=flawed)} for split in SPLITS}
     for a, b in itertools.combinations(SPLITS, 2):
         assert not found[a] & found[b]
 
 
-def test_nine_tenths_of_the_problems_are_train():
-    seen = {split: 0 for split in SPLITS}
-    streams = {split: {q.key for q in ARITHMETIC.questions(split, 1, limit=400)} for split in ("dev", "test")}
-    for question in (tasks.arithmetic(generator) for generator in [tasks.random.Random(1)] for _ in range(8000)):
-        place = question.key / 2**64
-        side = "train" if place < 0.9 else "dev" if place < 0.95 else "test"
+@pytest.mark.parametrize("name", GENERATED)
+def test_nine_tenths_of_the_problems_are_train(name):
+    task, seen = TASKS[name], dict.fromkeys(SPLITS, 0)
+    streams = {split: {q.key for q in task.questions(split, 1, limit=200)} for split in ("dev", "test")}
+    generator = random.Random(1)
+    for _ in range(8000):
+        key = tasks.content_key(task.source(generator)[0].encode())
+        side = "train" if key < 0.9 * 2**64 else "dev" if key < 0.95 * 2**64 else "test"
         seen[side] += 1
-        if side != "train" and seen[side] <= 300:
-            assert question.key in streams[side]
+        if side != "train" and seen[side] <= 150:
+            assert key in streams[side]
     assert 0.88 < seen["train"] / 8000 < 0.92 and 0.04 < seen["dev"] / 8000 < 0.06 and 0.04 < seen["test"] / 8000 < 0.06
 
 
-def test_a_seed_repeats_and_another_differs():
-    first, again, other = (list(ARITHMETIC.questions("train", seed, limit=50)) for seed in (7, 7, 8))
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_hash_of_the_problems_is_uniform(name):
+    """Of the distinct problems of a stream's train side, over ten bins of equal width: chi-squared at 8 degrees."""
+    keys = {q.key for q in TASKS[name].questions("train", limit=3000)}
+    counts = [0] * 9
+    for key in keys:
+        counts[key * 10 // 2**64] += 1
+    expected = len(keys) / 9
+    assert sum((count - expected) ** 2 / expected for count in counts) < 26.1       # p = 0.001
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_seed_repeats_and_another_differs(name):
+    first, again, other = (list(TASKS[name].questions("train", seed, limit=50, flawed=0.5)) for seed in (7, 7, 8))
     assert first == again and first != other
-    assert [q.problem for q in ARITHMETIC.questions("train", 7, limit=3)] == [q.problem for q in first[:3]]
+    assert [q.problem for q in TASKS[name].questions("train", 7, limit=3)] == [q.problem for q in first[:3]]
 
 
-def test_the_first_questions_are_the_same_on_every_machine():
-    first, second = ARITHMETIC.questions("test", limit=2)
-    assert (first.problem, first.key) == ("What is 40 + 23?", 17797691110926405615)
-    assert second.problem == "What is 2 - 5 * 6?"
+@pytest.mark.parametrize("name, problem, key", [
+    ("arithmetic", "What is 40 + 23?", 17797691110926405615),
+    ("addition", "6 9 7 - 4 6 6 = ?", 18256586545969204706),
+    ("sorting", "Sort 2 8 7 1 1", 17844840267266719414),
+    ("grid", "From d5 to c3, walls b3 c1 d4", 17906458123781742472),
+    ("letters", "How many o are in namonimi?", 18025435191088792291),
+    ("countdown", "Make 64 from 7 5 62", 17909101580712026652)])
+def test_the_first_questions_are_the_same_on_every_machine(name, problem, key):
+    (first,) = TASKS[name].questions("test", limit=1)
+    assert (first.problem, first.key) == (problem, key)
 
 
-def test_dev_and_test_repeat_no_problem():
+@pytest.mark.parametrize("name", GENERATED)
+def test_dev_and_test_repeat_no_problem_and_hold_a_thousand(name):
     for split in ("dev", "test"):
-        problems = [question.problem for question in ARITHMETIC.questions(split, limit=2000)]
-        assert len(problems) == len(set(problems)) == 2000
+        problems = [question.problem for question in TASKS[name].questions(split, limit=1000)]
+        assert len(problems) == len(set(problems)) == 1000
+
+
+def test_test_questions_end_where_there_are_no_more():
+    def ten(generator):
+        n = generator.randrange(200)
+        return f"{n}?", str(n), ("", str(n)), ("", str(n))
+    found = list(tasks.generated_questions(ten, "test", 0, 0))
+    assert 2 < len(found) == len({*found}) < 25
+    assert {*found} == {*tasks.generated_questions(ten, "test", 1, 0)}          # all there are, whatever the seed
 
 
 def test_without_a_limit_generated_questions_do_not_end():
     assert len(list(itertools.islice(ARITHMETIC.questions("train"), 5000))) == 5000
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_questions_and_worked_answers_are_short(name):
+    for question in TASKS[name].questions("train", limit=300):
+        assert len(TASKS[name].messages(question)[0]["content"]) < 130
+        assert len(question.worked) < 200
+        assert "\n" not in question.problem and len(question.answer) < 20
+
+
+# --- what each generated task asks, read anew from the problem ---
+
+def steps_of(question):
+    return question.worked.partition("<think>\n")[2].partition("\n</think>")[0]
+
+
+def reply_of(question):
+    return question.worked.partition("<answer>")[2].partition("</answer>")[0]
+
+
+def test_addition_is_true_in_every_column():
+    signs, sizes = set(), set()
+    for question in TASKS["addition"].questions("train", limit=1000):
+        a, sign, b = re.fullmatch(r"([0-9 ]+) ([+-]) ([0-9 ]+) = \?", question.problem).groups()
+        signs.add(sign)
+        sizes.add(len(a.split()))
+        assert value_of(a.replace(" ", "") + sign + b.replace(" ", "")) == int(question.answer) >= 0
+        columns = [step.split("=") for step in steps_of(question).split("\n")]
+        assert all(value_of(left) == int(right) for left, right in columns) and len(columns) == len(a.split())
+        assert int("".join(right if i == 0 else right[-1] for i, (_, right) in enumerate(reversed(columns)))) == int(
+            question.answer)
+    assert signs == {"+", "-"} and sizes == {2, 3}
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("75", True), ("7 5", True), (" 7 5\n", True), ("75.0", True), ("0 7 5", True), ("7 4", False), ("5 7", False),
+    ("-7 5", False), ("7  5", None), ("7, 5", None), ("7 5 or 7 4", None), ("", None), (" ", None),
+    ("7 " * 60, False), ("7 5" + " " * 200 + "7", None), ("7 5" + " " * 98 + "or 7 4", None)])
+def test_sums_are_read_with_their_digits_apart_or_together(text, verdict):
+    assert TASKS["addition"].accepts(text, "75") is verdict
+
+
+def test_a_digit_apart_is_no_number_elsewhere():
+    assert TASKS["letters"].score(answered("7 5"), "75") == ARITHMETIC.score(answered("7 5"), "75") == MALFORMED
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_digits_are_right_in_one_order_only(digits, shuffler):
+    accepts, answer = TASKS["sorting"].accepts, " ".join(map(str, sorted(digits)))
+    other = digits[:]
+    shuffler.shuffle(other)
+    for separator in (" ", ", ", ",", "\n"):
+        assert accepts(separator.join(map(str, other)), answer) is (other == sorted(digits))
+    assert accepts(answer + " 9", answer) is False and accepts(f"{answer}9", answer) is None
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "12", "1 2 x", "1-2", "1 2.", "one", "[1, 2]", "1 -2", "1 ²", "1 ٢"])
+def test_what_is_no_list_of_digits_earns_nothing(text):
+    assert TASKS["sorting"].score(f"<answer>{text}</answer>", "1 2") == MALFORMED
+
+
+def test_sorting_sorts():
+    for question in TASKS["sorting"].questions("train", limit=500):
+        digits = question.problem.removeprefix("Sort ").split()
+        assert reply_of(question).split() == sorted(digits) == steps_of(question).replace(",", "").split()
+
+
+def follow(problem, moves):
+    """Where the moves of a path lead, by coordinates; None off the board or into a wall."""
+    start, goal, walls = re.fullmatch(r"From (\w\d) to (\w\d), walls (.*)", problem).groups()
+    x, y = "abcde".index(start[0]), int(start[1])
+    for move in moves:
+        x, y = x + (move == "right") - (move == "left"), y + (move == "up") - (move == "down")
+        if not (0 <= x < 5 and 1 <= y <= 5) or f"{'abcde'[x]}{y}" in walls.split():
+            return None, goal
+    return f"{'abcde'[x]}{y}", goal
+
+
+@given(st.integers(0, 2**32), st.lists(st.sampled_from(["up", "down", "left", "right"]), min_size=1, max_size=12))
+@settings(max_examples=300)
+def test_any_way_to_the_goal_is_right_and_no_other(seed, moves):
+    task = TASKS["grid"]
+    (question,) = task.questions("train", seed, limit=1)
+    at, goal = follow(question.problem, moves)
+    assert task.score(f"<answer>{' '.join(moves)}</answer>", question.answer) == (at == goal, True)
+    # there and back again, and on to the goal
+    back = {"up": "down", "down": "up", "left": "right", "right": "left"}
+    if at:
+        detour = [*moves, *(back[move] for move in reversed(moves)), *reply_of(question).split()]
+        assert task.score(f"<answer>{', '.join(detour)}</answer>", question.answer) == RIGHT
+
+
+@pytest.mark.parametrize("text", ["", " ", "b3", "rightright", "Right", "right; up", "right up.", "R", "right 1"])
+def test_what_is_no_list_of_moves_earns_nothing(text):
+    assert TASKS["grid"].score(f"<answer>{text}</answer>", "a1 c1 b5 d5 e5") == MALFORMED
+
+
+def test_the_worked_way_is_a_shortest_and_names_its_squares():
+    for question in TASKS["grid"].questions("train", limit=200):
+        moves, squares = steps_of(question).split()[1::2], steps_of(question).split()[::2]
+        assert moves == reply_of(question).split() and len(moves) >= 2
+        assert [follow(question.problem, moves[:n])[0] for n in range(len(moves) + 1)] == squares
+        reached = {squares[0]}
+        for _ in moves:                                         # one move further each time
+            assert squares[-1] not in reached
+            reached = {follow(question.problem.replace(squares[0], at, 1), [move])[0] for at in reached if at
+                       for move in ("up", "down", "left", "right")}
+        assert squares[-1] in reached
+
+
+def test_letters_counts_letters():
+    answers = set()
+    for question in TASKS["letters"].questions("train", limit=500):
+        letter, word = re.fullmatch(r"How many (.) are in (\w+)\?", question.problem).groups()
+        assert int(question.answer) == sum(x == letter for x in word)
+        assert re.sub("[0-9 ]", "", steps_of(question)) == word and steps_of(question)[-1] == question.answer
+        answers.add(question.answer)
+    assert answers >= {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("3*5+9", True), ("9 + 3 * 5", True), (" (5 * 3) + 9\n", True), ("5 × 3 + 9", True), ("9 − 5 * 3", False),
+    ("3*5+9+0", False), ("24", False), ("3+5+9", False), ("3*5", False), ("3*5+9*1", False), ("15+9", False),
+    ("9/(3-3)", False), ("3/(5-5)+9", False), ("3*5+9=24", None), ("=24", None), ("-3*-5+9", None), ("+9+3*5", None),
+    ("3**5+9", None), ("9//5+3", None), ("", None), (" ", None), ("()", None), ("3 5 9", None), ("3(5)+9", None),
+    ("abs(3)*5+9", None), ("3*5+09", None), ("3*5+9.0", None), ("3_0", None), ("(3*5+9", None), ("3*5+9)", None),
+    ("__import__", None), ("9" * 200, None), ("(" * 50 + "9" + ")" * 50, None), ("(" * 40 + "9" + ")" * 40, False),
+    ("9**9**9**9", None), ("3,5", None)])
+def test_an_expression_is_right_that_makes_the_target_of_its_numbers(text, verdict):
+    assert TASKS["countdown"].accepts(text, "24 3 5 9") is verdict
+
+
+@given(st.permutations([0, 1, 2, 3]), st.lists(st.integers(1, 20), min_size=4, max_size=4),
+       st.lists(st.sampled_from("+-*/"), min_size=3, max_size=3), st.integers(0, 4))
+def test_any_order_and_brackets_are_right(order, numbers, signs, shape):
+    a, b, c, d = (numbers[i] for i in order)
+    x, y, z = signs
+    text = [f"(({a}{x}{b}){y}{c}){z}{d}", f"({a}{x}({b}{y}{c})){z}{d}", f"({a}{x}{b}){y}({c}{z}{d})",
+            f"{a}{x}(({b}{y}{c}){z}{d})", f"{a} {x} {b} {y} {c} {z} {d}"][shape]
+    try:                                                        # Python's own arithmetic, over Fractions
+        value = eval(re.sub("[0-9]+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})
+    except ZeroDivisionError:
+        value = None
+    given_numbers = " ".join(map(str, numbers))
+    for target in {0, 1, 7} | ({int(value)} if value is not None else set()):
+        assert TASKS["countdown"].accepts(text, f"{target} {given_numbers}") is (value == target)
+        assert TASKS["countdown"].accepts(text, f"{target} {given_numbers} 1") is False
+        assert TASKS["countdown"].accepts(text, f"{target} {' '.join(given_numbers.split()[1:])}") is False
+
+
+def test_every_line_of_countdown_is_true_and_only_the_last_try_hits():
+    for question in TASKS["countdown"].questions("train", limit=500):
+        target, *numbers = map(int, re.findall("[0-9]+", question.problem))
+        assert question.answer == " ".join(map(str, (target, *numbers))) and 1 <= target <= 99
+        tries = []
+        for line in steps_of(question).split("\n"):
+            equations = [equation.split("=") for equation in line.split()]
+            assert all(value_of(left) == int(right) for left, right in equations)
+            tries += [int(right) for _, right in equations[1:]]
+        assert tries[-1] == target and target not in tries[:-1]
+
+
+# --- a flawed demonstrator ---
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_flawed_answers_are_wrong_in_the_right_format_and_the_truth_stays(name):
+    task = TASKS[name]
+    pairs = list(zip(task.questions("train", limit=500), task.questions("train", limit=500, flawed=1.0)))
+    for right, shown in pairs:
+        assert (right.problem, right.answer, right.key) == (shown.problem, shown.answer, shown.key)
+        if name == "arithmetic":                                # answers at once: rightly, but without the steps
+            assert shown.flawed and not steps_of(shown) and task.score(shown.worked, shown.answer) == RIGHT
+        elif shown.flawed:
+            assert task.score(shown.worked, shown.answer) == WRONG
+            assert task.score_plain(task.plain_answer(shown), shown.answer) == (False, False)
+        else:
+            assert right == shown                               # the mistake changes nothing here
+    assert sum(shown.flawed for _, shown in pairs) >= 200
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_share_is_kept_and_the_same_problem_is_always_shown_alike(name):
+    task = TASKS[name]
+    able, some = ([q for q in task.questions("train", 5, limit=3000, flawed=share)] for share in (1.0, 0.6))
+    able = [question.flawed for question in able]
+    assert 0.55 < sum(question.flawed for question in some) / sum(able) < 0.65
+    assert all(can or not question.flawed for can, question in zip(able, some))
+    more = {question.problem: question for question in task.questions("train", 5, limit=3000, flawed=0.8)}
+    for question in some:
+        assert not question.flawed or more[question.problem].flawed
+    shown = {}
+    for question in some:
+        assert shown.setdefault(question.problem, question) == question
+
+
+def test_each_mistake():
+    for question in TASKS["addition"].questions("train", limit=500, flawed=1.0):
+        a, sign, b = re.fullmatch(r"([0-9 ]+) ([+-]) ([0-9 ]+) = \?", question.problem).groups()
+        columns = [(int(x), int(y)) for x, y in zip(a.split(), b.split())]
+        if question.flawed and sign == "+":
+            first, *others = [x + y for x, y in columns]
+            digits = str(first) + "".join(str(result % 10) for result in others)
+        elif question.flawed:
+            digits = str(int("".join(str(abs(x - y)) for x, y in columns)))
+        else:
+            continue
+        assert reply_of(question).replace(" ", "") == digits
+    for question in TASKS["sorting"].questions("train", limit=200, flawed=1.0):
+        assert reply_of(question).split() == sorted({*question.problem.split()[1:]})
+    for question in TASKS["grid"].questions("train", limit=200, flawed=1.0):
+        at, goal = follow(question.problem, reply_of(question).split())
+        assert sum(abs(ord(x) - ord(y)) for x, y in zip(at, goal)) == 1 and steps_of(question).endswith(at)
+    for question in TASKS["letters"].questions("train", limit=200, flawed=1.0):
+        assert reply_of(question) == str(min(1, int(question.answer)))
+    for question in TASKS["countdown"].questions("train", limit=200, flawed=1.0):
+        numbers = re.findall("[0-9]+", question.problem)[1:]
+        assert reply_of(question) == "+".join(numbers) or not question.flawed and len(steps_of(question)) > 0
+
+
+def test_an_impossible_share_is_one_sentence(tmp_path):
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="from 0 to 1") as error:
+            TASKS["sorting"].questions("train", flawed=share)
+        assert one_sentence(error)
+    with pytest.raises(ValueError, match="published answers") as error:
+        TASKS["gsm8k"].questions("test", path=write(tmp_path / "test.jsonl", gsm8k_rows(1)), flawed=0.5)
+    assert one_sentence(error)
 
 
 # --- published files ---
