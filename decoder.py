@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from kernels import attention, decode_attention, keys_seen, linear, rms_norm, rotate
-from model import rope, rope_frequencies
+from model import Linear, rope, rope_frequencies
 
 BLOCK = 256                 # columns by which the cache grows
 
 
 class Decoder:
-    """A copy of a model's weights laid out for generation: in the dtype that it computes in, and joined where several
-    multiply one input. forward() is model.Backbone's, to the letter, in half as many calls; tests hold them together.
+    """A copy of a model's weights laid out for generation: in the dtype that it computes in, adapters merged, and joined
+    where several multiply one input. forward() is model.Backbone's, to the letter, in half as many calls; tests hold them together.
     """
 
     @torch.inference_mode()
@@ -22,7 +22,8 @@ class Decoder:
         self.dtype = dtype = model.model.dtype
 
         def join(*modules):
-            return torch.cat([module.weight.detach().to(dtype) for module in modules])
+            weights = [m.merged_weight() if isinstance(m, Linear) else m.weight for m in modules]
+            return torch.cat([weight.detach().to(dtype) for weight in weights])
         self.embedding = join(model.model.embed_tokens)
         self.head = self.embedding if config.tied else join(model.lm_head)
         self.norm, self.layers = join(model.model.norm), []

@@ -140,6 +140,14 @@ class Linear(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
+    def merged_weight(self):
+        """The matrix that the layer multiplies by; an adapter (lora.py) adds its own to `weight`."""
+        return self.weight
+
+    def folded(self, x):
+        """(input, matrix), in x's dtype, whose product is the layer's output."""
+        return x, self.weight.to(x.dtype)
+
 
 class Norm(nn.Module):
     def __init__(self, n, eps):
@@ -277,15 +285,15 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets, cu_seqlens=None):
         """Negative log-likelihood of each target, (B, T) fp32 nats; 0 where targets == -100."""
-        return -linear_logprob(self.forward_hidden(ids, cu_seqlens), self.lm_head.weight.to(self.model.dtype), targets)
+        return -linear_logprob(*self.lm_head.folded(self.forward_hidden(ids, cu_seqlens)), targets)
 
     def logits(self, hidden):
         """(..., V) fp32 logits of final hidden states."""
         return self.lm_head(hidden).float()
 
     def save(self, directory):
-        """Writes model.safetensors (fp32), config.json and generation_config.json, each atomically."""
-        weights = self.state_dict()
+        """Writes model.safetensors (fp32, adapters merged), config.json and generation_config.json, each atomically."""
+        weights = merged_weights(self)
         if self.config.tied:
             del weights["lm_head.weight"]
         config = self.config.to_hf()
@@ -330,7 +338,7 @@ class ScalarHead(nn.Module):
         config = self.config.to_hf()
         kind = config["architectures"][0].replace("CausalLM", "SequenceClassification")
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        write_model(directory, self.state_dict(), {**config, "architectures": [kind], **labels})
+        write_model(directory, merged_weights(self), {**config, "architectures": [kind], **labels})
 
     @classmethod
     def load(cls, path):
@@ -339,6 +347,13 @@ class ScalarHead(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         return fill(model, weights, path)
+
+
+def merged_weights(model):
+    """The state_dict that the model has without adapters and with what they add."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    return weights | {f"{name}.weight": module.merged_weight() for name, module in linears.items()}
 
 
 def write_model(directory, weights, config, generation=None):
@@ -398,8 +413,6 @@ def read_json(path):
 
 def read_weights(path):
     """{name: tensor} of model.safetensors, or of all the shards that model.safetensors.index.json names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     index = os.path.join(path, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if os.path.isfile(index):
@@ -407,11 +420,18 @@ def read_weights(path):
         if not names:
             raise ValueError(f"{index} names no files")
     weights = {}
-    for file in (os.path.join(path, name) for name in names):
-        try:
-            weights.update(load_file(file))
-        except FileNotFoundError:
-            raise ValueError(f"there are no weights at {file}") from None
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short ({error})") from None
+    for name in names:
+        weights.update(read_tensors(os.path.join(path, name)))
     return weights
+
+
+def read_tensors(file):
+    """{name: tensor} of one safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise ValueError(f"there are no weights at {file}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error})") from None

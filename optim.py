@@ -13,20 +13,23 @@ def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, moment
           dtype=torch.float32):
     """The optimizer of a model: "muon" (block matrices by Muon at matrix_lr, the rest by AdamW) or "adamw" (all).
 
-    The rest are the embedding at embed_lr, and the head and the norms at lr. Decay falls on matrices of the blocks and
-    the head, never on norms or the embedding. embed_lr = 0 means lr, as does a tied head. muon_steps
-    and dtype are those of Muon's iteration.
+    The rest are the embedding at embed_lr, and the head, the norms and adapters (lora.py) at lr. Decay falls on
+    matrices of the blocks and the head, never on norms, adapters or the embedding. embed_lr = 0 means lr, as does a
+    tied head. Frozen parameters are left out. muon_steps and dtype are those of Muon's iteration.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, got {optimizer!r}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embedding = [p for name, p in named if "embed_tokens" in name]
-    matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name]
-    head = [p for name, p in named if p.dim() == 2 and ".layers." not in name and "embed_tokens" not in name]
+    adapters = [p for name, p in named if ".lora_" in name]
+    matrices = [p for name, p in named if p.dim() == 2 and ".layers." in name and ".lora_" not in name]
+    taken = {id(p) for p in embedding + adapters + matrices}
+    head = [p for name, p in named if p.dim() == 2 and id(p) not in taken]
     norms = [p for name, p in named if p.dim() < 2]
     tied = any(p is model.lm_head.weight for p in embedding)        # then it learns as the head does
     groups = [dict(params=embedding, lr=lr if tied else embed_lr or lr, weight_decay=0.0),
-              dict(params=head, lr=lr, weight_decay=weight_decay), dict(params=norms, lr=lr, weight_decay=0.0)]
+              dict(params=head, lr=lr, weight_decay=weight_decay),
+              dict(params=norms + adapters, lr=lr, weight_decay=0.0)]
     if optimizer == "adamw":
         groups.append(dict(params=matrices, lr=lr, weight_decay=weight_decay))
         return Optimizers(adamw(groups, betas))

@@ -11,7 +11,7 @@ import configurator
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": set(), "common": set(), "sources": set(),
-         "model": {"kernels", "common"}, "decoder": {"kernels", "model"},
+         "model": {"kernels", "common"}, "lora": {"common", "model"}, "decoder": {"kernels", "model"},
          "engine": {"common", "decoder", "model", "tokenizer"}, "tasks": {"sources"},
          "judge": {"model", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
          "likelihood": {"kernels"}, "results": {"common"},
