@@ -285,7 +285,9 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad, _=None):
         hidden, weight, targets, ignored, lse = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        dweight = None
+        if ctx.needs_input_grad[1]:             # not of a frozen head
+            dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad = (grad.masked_fill(ignored, 0) / ctx.temperature).unsqueeze(-1)
         lse = lse.unsqueeze(-1)
         for chunk in (slice(i, i + ctx.rows) for i in range(0, len(hidden), ctx.rows)):
@@ -296,8 +298,9 @@ class LinearLogprob(torch.autograd.Function):
             dlogits = logits.sub_(lse[chunk]).exp_().mul_(-grad[chunk]).scatter_add_(-1, targets[chunk], grad[chunk])
             dlogits = dlogits.to(hidden.dtype)
             dhidden[chunk] = dlogits @ weight
-            dweight += dlogits.t() @ hidden[chunk]
-        return dhidden, dweight.to(weight.dtype), None, None, None
+            if dweight is not None:
+                dweight += dlogits.t() @ hidden[chunk]
+        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None
 
 
 def scaled_logits(hidden, weight, temperature):

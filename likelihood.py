@@ -89,7 +89,7 @@ def score(model, trees, batch_tokens=0, greedy=False, rank=0, world_size=1, prog
     """[[(nats, is_greedy or None) of each branch] of each tree]. Trees are taken longest first, `batch_tokens` a batch
     (0: what suits the device); `progress` is called with the number of trees that each batch finished."""
     device = model.lm_head.weight.device
-    head = model.lm_head.weight.to(model.model.dtype)
+    head = model.lm_head.merged_weight().to(model.model.dtype)
     batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 65536)
     sizes = [len(context) + sum(len(branch) - 1 for branch in branches) for context, branches in trees]
     order = sorted(range(len(trees)), key=lambda i: (-sizes[i], i))[rank::world_size]

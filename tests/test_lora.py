@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+import likelihood
 import lora
 import optim
 from model import GPT, Config, Linear, ScalarHead
@@ -227,6 +229,31 @@ def test_recomputing_blocks_in_backward_changes_no_gradient(dropout):
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*grads):
         equal(recomputed, plain)
+
+
+def flops_of_training(model):
+    with FlopCounterMode(display=False) as counter:
+        nll(model).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed():
+    """Full training multiplies each matrix three times a token; adapters leave out the gradient of W, and, in the first
+    block, that of q_proj's, k_proj's and v_proj's input, which nothing needs."""
+    full, frozen, tokens = tiny(), lora.add(tiny(), 1, 1, "layers.0.self_attn.q_proj"), 3 * 13
+    C, block = 32, full.config.n_params(embeddings=False)
+    first = C * 8 * (4 + 2 + 2)                 # numbers in q_proj, k_proj and v_proj of one block
+    adapter = 2 * tokens * (32 + 32) * 3 - 2 * tokens * 32      # A's input needs no gradient either
+    assert flops_of_training(full) - flops_of_training(frozen) == 2 * tokens * (block + first) - adapter
+
+
+def test_log_likelihoods_are_the_adapted_models():
+    model = adapted("all,lm_head")
+    tokens = random_ids(B=1)[0].tolist()
+    trees = likelihood.windows(tokens[1:], tokens[0], model.config.context)
+    ((got, _),), = likelihood.score(model, trees)
+    ((expected, _),), = likelihood.score(lora.merge(model), trees)
+    assert got == pytest.approx(expected, abs=1e-4)
 
 
 # --- the optimizer ---
