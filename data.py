@@ -1,6 +1,7 @@
-"""Text to tokens on disk, and tokens on disk to batches.
+"""Text to tokens on disk, and tokens on disk to batches; with kind=chats, chats (chats.py).
 
     python data.py --sources=stdlib --vocab_size=4096 --out_dir=data/text
+    python data.py --kind=chats --sources=alpaca.jsonl --tokenizer=out/pretrain --out_dir=data/chats --show=3
     python data.py --sources="books/*.jsonl.gz=0.7,stdlib=0.3" --tokenizer=data/text --out_dir=data/mixed
 
 A document is a text file (.txt .md .py), a row (.jsonl .json .parquet, a hub dataset) or a module of the standard
@@ -9,7 +10,10 @@ weights are mixed by bytes until the first runs out; without, all is taken. Dama
 invalid UTF-8 are errors; empty documents are skipped and counted.
 
 Every document begins with <|endoftext|>, which is at once the start of its text and the end of the one before: each
-token has a target, and generation starts from it. Written into out_dir, the files of the tokenizer beside them:
+token has a target, and generation starts from it. Sources of chats are rows, and task:NAME or task:gsm8k:FOLDER;
+dolly:FILE names the format of rows. chats.py says what their files hold.
+
+Written into out_dir, the files of the tokenizer beside them:
 
     train.h5  val.h5      tokens       (N,) uint16, or uint32 above 65536 pieces; contiguous, mapped and never loaded
                           doc_offsets  (documents + 1,) int64: where each begins, and N
@@ -34,24 +38,34 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from configurator import configure
+import chats
+from configurator import configure, read_options
 from sources import BLOCK, mix, parse_sources
 
 # --- run ---
 out_dir = "data/text"         # folder to write: train.h5, val.h5 and the tokenizer
 overwrite = False             # replace the data that out_dir holds; without it that is an error
-kind = "text"                 # what the rows are; only text so far
-# --- text ---
+kind = "text"                 # what the rows are: text, or chats
 sources = "stdlib"            # stdlib, files, folders, globs, hub:ID:CONFIG:SPLIT; commas between; NAME=WEIGHT mixes
+val_fraction = 0.05           # share of documents or chats held out by hash; less for gigabytes, more for kilobytes
+invalid_utf8 = "error"        # error stops at a byte that is not UTF-8; replace puts U+FFFD there and counts
+tokenizer = ""                # folder or tokenizer.json to use; "" trains one on the text's training side
+# --- text only ---
 val_sources = ""              # held-out sources, kept out of the training side; then nothing is held out by hash
-val_fraction = 0.05           # share of the documents held out by hash; less for gigabytes, more for kilobytes
 max_bytes = 0                 # stop after so many bytes of text; 0 takes everything
 text_column = "text"          # column of rows that holds the text; of several (text,content) the first that a row has
-invalid_utf8 = "error"        # error stops at a byte that is not UTF-8; replace puts U+FFFD there and counts
-# --- tokenizer ---
-tokenizer = ""                # folder or tokenizer.json to use; "" trains one on the training side
 vocab_size = 4096             # pieces of a tokenizer trained here; more makes text shorter and the model larger
 tokenizer_bytes = 20_000_000  # bytes of text that it is trained on; more takes longer and changes little
+# --- chats only ---
+context = 1024                # tokens of the longest chat that is kept; none is ever cut
+max_examples = 0              # stop after so many chats; 0 takes everything
+task_examples = 10_000        # questions of each task that makes them up, if it has no weight
+flawed = 0.0                  # share of a task's worked answers that are wrong on purpose
+unusable = "drop"             # rows with an empty reply or none: drop counts them, error stops
+too_long = "drop"             # chats longer than context: drop counts them, error stops
+malformed = "error"           # rows without the columns, types and roles of their format: drop counts them, error stops
+seed = 1337                   # of the tasks' questions
+show = 0                      # print so many chats, what is trained in colour (in [[ ]] where there is no terminal)
 
 SMALL = 16 << 20              # bytes of text in a small corpus
 
@@ -435,9 +449,14 @@ def fixed_rows(folder, split, context, micro_rows, max_tokens=0, rank=0, world_s
 
 
 def main(config):
-    if config["kind"] != "text":
-        raise ValueError(f"kind is {config['kind']!r}; only text can be prepared so far")
-    prepare(**{name: value for name, value in config.items() if name != "kind"})
+    kinds = {"text": prepare, "chats": chats.prepare}
+    kind = config.pop("kind")
+    if kind not in kinds:
+        raise ValueError(f"kind is {kind!r}; it must be text or chats")
+    for name, (default, _, section) in read_options(__file__).items():
+        if section == {"text": "chats only", "chats": "text only"}[kind] and config.pop(name) != default:
+            raise ValueError(f"{name} is an option of {section}, and kind is {kind}")
+    kinds[kind](**config)
 
 
 if __name__ == "__main__":

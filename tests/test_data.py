@@ -444,8 +444,8 @@ def test_the_script_prepares_text_and_names_the_next_command(tmp_path, stories):
     assert done.returncode == 0 and done.stderr == ""
     assert re.search(r"train: 1\d\d documents, .* tokens, .* bytes per token\n", done.stdout)
     assert done.stdout.endswith(f"next: python pretrain.py --data={tmp_path}/out\n")
-    wrong = run("--kind=chats")
-    assert wrong.returncode == 1 and wrong.stderr == "data.py: kind is 'chats'; only text can be prepared so far\n"
+    wrong = run("--kind=chat")
+    assert wrong.returncode == 1 and wrong.stderr == "data.py: kind is 'chat'; it must be text or chats\n"
 
 
 def test_importing_data_takes_numpy_only():

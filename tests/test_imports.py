@@ -16,7 +16,8 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "judge": {"model", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
          "likelihood": {"kernels"}, "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
-         "data": {"configurator", "tokenizer", "common", "sources"}}
+         "formats": {"sources", "tasks"}, "chats": {"formats", "tokenizer"},
+         "data": {"configurator", "tokenizer", "common", "sources", "chats"}}
 STAGES = {"pretrain", "eval", "chat"}   # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
