@@ -241,6 +241,17 @@ def test_bulk_encoding_equals_encode_chat_on_real_conversations(tokenizer):
         assert (ids.tolist(), mask.tolist()) == tok.encode_chat(messages)
 
 
+@needs_data
+def test_ids_and_mask_equal_transformers_on_500_real_conversations(tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tokenizer)
+    cases = [chat[0] for chat in read(f"{DATA}/oasst1/en-validation.threads.jsonl.gz")[:500]]
+    assert len(cases) == 500
+    for messages, (ids, mask) in zip(cases, chats.encode_chats(Tokenizer.load(tokenizer), cases), strict=True):
+        encoded = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert (encoded["input_ids"], encoded["assistant_masks"]) == (ids.tolist(), mask.tolist())
+
+
 def test_every_chat_is_on_one_side_whole_with_its_mask_and_source(tmp_path, tokenizer):
     some = {name: rows(100, seed) for seed, name in enumerate("ab")}
     files = {name: write(tmp_path / f"{name}.jsonl", some[name]) for name in some}
