@@ -185,9 +185,9 @@ def prepare(out_dir, sources, tokenizer="", val_fraction=0.05, invalid_utf8="err
                 malformed=malformed)
     corpus = parse_chats(sources, invalid_utf8=invalid_utf8, val_fraction=val_fraction, task_examples=task_examples,
                          flawed=flawed, seed=seed, unusable=unusable, malformed=malformed)
-    if flawed and not any(source.task for source in corpus):
+    if flawed and not any(source.task and not source.path for source in corpus):
         raise ValueError(f"flawed={flawed} is the share of a task's answers that are wrong on purpose, but {sources} "
-                         "names no task")
+                         "names no task that makes up questions")
     if all(source.endless for source in corpus) and not max_examples:
         raise ValueError(f"{sources} has no end: these tasks make up questions as long as they are asked; say how many "
                          "with --max_examples, or leave out the weights to take --task_examples of each")

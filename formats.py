@@ -233,7 +233,7 @@ class ChatSource:
         self.endless = bool(self.task and not self.path and weight)
 
     def questions(self, split):
-        flawed = {"flawed": self.flawed} if self.flawed else {}
+        flawed = {"flawed": self.flawed} if self.flawed and not self.path else {}     # published answers are right
         return self.task.questions(split, self.seed, self.path or None, **flawed)
 
     def chats(self, notes):
@@ -267,15 +267,20 @@ class ChatSource:
                 yield messages, prompt_key(messages), None, place
 
     def task_chats(self):
-        """A task's train questions and, for a share of val_fraction, dev questions; all that a file holds."""
+        """All questions of a file, or those that a task makes up: a share of val_fraction are dev questions, as long as
+        there are new ones."""
         streams = {"train": self.questions("train"), "val": self.questions("dev")}
-        if self.path:
-            pairs = ((side, question) for side in streams for question in streams[side])
-        else:
-            sides = ("val" if int((i + 1) * self.val_fraction) > int(i * self.val_fraction) else "train"
-                     for i in itertools.count())
-            pairs = ((side, next(streams[side])) for side in sides)
-        for i, (side, question) in enumerate(itertools.islice(pairs, self.limit or None), 1):
+
+        def made_up():
+            for i in itertools.count():
+                if int((i + 1) * self.val_fraction) > int(i * self.val_fraction):
+                    yield from (("val", question) for question in itertools.islice(streams["val"], 1))
+                else:
+                    yield "train", next(streams["train"])
+
+        published = ((side, question) for side in streams for question in streams[side])
+        pairs = itertools.islice(published if self.path else made_up(), self.limit or None)
+        for i, (side, question) in enumerate(pairs, 1):
             yield asked(self.task, question), question.key, side, f"question {i:,} of {self.name}"
 
     def all_rows(self, notes):

@@ -1,4 +1,5 @@
 """formats.py and chats.py: rows to messages, chats to tokens on disk, those to packed batches."""
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 
 import chats
 import formats
-from tasks import TASKS
+from tasks import TASKS, Question
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -207,6 +208,22 @@ def test_a_task_is_a_source_whose_dev_questions_are_held_out():
     assert sides == {"train": 150, "val": 50}
     assert all(0.9 <= key / 2 ** 64 < 0.95 for _, key, side, _ in found if side == "val")
     assert all(key / 2 ** 64 < 0.9 for _, key, side, _ in found if side == "train")
+
+
+def test_a_task_goes_on_when_it_has_no_new_dev_questions_and_only_made_up_answers_are_flawed(monkeypatch):
+    asked_for = []
+
+    def questions(split, seed=0, path=None, limit=0, **flawed):
+        asked_for.append((path, flawed))
+        made = (Question.of(f"{split} {i}", str(i), "") for i in itertools.count())
+        return itertools.islice(made, 3 if split == "dev" else 8 if path else None)
+
+    task = types.SimpleNamespace(questions=questions, messages=TASKS["arithmetic"].messages)
+    monkeypatch.setitem(formats.TASKS, "few", task)
+    found = read("task:few", task_examples=40, val_fraction=0.25, flawed=0.5)
+    assert Counter(side for _, _, side, _ in found) == {"train": 37, "val": 3}
+    assert Counter(side for _, _, side, _ in read("task:few:folder", flawed=0.5)) == {"train": 8, "val": 3}
+    assert set(map(str, asked_for)) == {"(None, {'flawed': 0.5})", "('folder', {})"}
 
 
 # --- preparing ---
