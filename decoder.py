@@ -12,7 +12,7 @@ BLOCK = 256                 # columns by which the cache grows
 
 
 class Decoder:
-    """A copy of a model's weights laid out for generation: in the dtype that it computes in, adapters merged, and joined
+    """A copy of a model's weights laid out for generation: in the dtype it computes in, adapters merged, and joined
     where several multiply one input. forward() is model.Backbone's, to the letter, in half as many calls; tests hold
     the two together.
     """

@@ -218,7 +218,7 @@ class Backbone(nn.Module):
     def forward(self, ids, cu_seqlens=None, positions=None, attend=None):
         """Final hidden states (B, T, C). positions (B, T), and attend(layer, q, k, v), which then stands for attention,
         are for tokens that do not just follow one another (likelihood.py)."""
-        x = F.embedding(ids, self.embed_tokens.weight).to(self.dtype)
+        x = self.embed_tokens(ids).to(self.dtype)
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rope(positions, rope_frequencies(self.config, ids.device), self.dtype)

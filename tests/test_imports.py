@@ -18,7 +18,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "tokenizer"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats"}}
-STAGES = {"pretrain", "eval", "chat"}   # may import anything below, and no other stage
+STAGES = {"pretrain", "sft", "eval", "chat"}   # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
 

@@ -1,0 +1,270 @@
+"""Supervised finetuning: a base model learns to answer in conversations, from what assistants wrote in them.
+
+The loss is the mean negative log-likelihood of the assistants' tokens and the <|im_end|> that ends each of their turns
+(Ouyang et al. 2022, arXiv:2203.02155, section 3.5); all else is read and not trained.
+
+    python data.py --kind=chats --sources=task:addition,task:sorting --tokenizer=out/pretrain --out_dir=data/chats
+    python sft.py --data=data/chats --init_from=out/pretrain
+    python sft.py --data=data/chats --method=lora --lr=1e-3 --out_dir=out/lora
+
+Shapes: B rows of one forward pass, T tokens of a row, packed with whole chats. A step is one optimizer update.
+"""
+import math
+import os
+
+import torch
+
+import common
+import engine
+import lora
+import optim
+from chats import ChatBatches, Chats, fixed_chats
+from configurator import configure
+from model import GPT, fetch
+from tasks import TASKS
+from tokenizer import Tokenizer
+
+# --- run ---
+out_dir = "out/sft"         # model directory to write, with its log and resume state
+init_from = "out/pretrain"  # model directory to start from, or hub:ORG/NAME
+resume = False              # go on with the run in out_dir, exactly where its newest saved state stands
+overwrite = False           # replace a run that out_dir already holds
+seed = 1337                 # order and packing of the data, adapters, noise and samples
+device = "auto"             # auto, cuda, mps or cpu
+dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
+# --- data ---
+data = "data/chats"         # folder written by data.py --kind=chats
+context = 0                 # tokens in a row, T; longer than the longest chat; 0: the model's
+rows_per_step = 8           # global batch in rows = micro_rows * accumulation * ranks
+micro_rows = 0              # rows of one forward pass on one rank, B; lower it if memory runs out; 0: all at once
+packing = True              # several whole chats a row, blind to each other; False: one a row, padded
+source_weights = ""         # weight of a source's tokens in the loss, as in "alpaca.jsonl=0.5"; others have 1
+# --- method ---
+method = "full"             # full, lora (adapters beside frozen weights) or head (the output matrix alone)
+lora_rank = 8               # rank of the adapters; higher learns more and costs more
+lora_alpha = 16.0           # their scale is alpha / rank
+lora_targets = "all"        # layers with adapters: all of the blocks, or names such as q_proj,v_proj,lm_head
+rslora = False              # scale by alpha / sqrt(rank): for high ranks
+lora_dropout = 0.0          # share of an adapter's inputs dropped
+neftune = 0.0               # noise on embeddings, alpha of arXiv:2310.05914 (5 is usual); 0: none
+checkpointing = False       # recompute activations in backward: less memory, a third more time
+# --- optimizer ---
+optimizer = "adamw"         # adamw, or muon for the matrices of the blocks (full alone)
+lr = 5e-4                   # peak rate of AdamW; large models want 1e-5 to 5e-5, adapters ten times that
+matrix_lr = 0.01            # peak rate of Muon
+embed_lr = 0.0              # peak rate of the embedding; 0: lr
+weight_decay = 0.0          # on matrices only
+beta1 = 0.9                 # AdamW's decay of the mean gradient
+beta2 = 0.95                # AdamW's decay of the mean squared gradient
+momentum = 0.9              # Muon's
+grad_clip = 1.0             # largest gradient norm; 0: no clipping
+# --- schedule ---
+epochs = 2.0                # passes over the chats, if max_steps is 0
+max_steps = 0               # optimizer updates; the decay ends here; 0: as many as the epochs have
+max_seconds = 0.0           # end decay and training after this many seconds, if that comes first; evaluation follows
+schedule = "cosine"         # cosine, wsd (warmup, stable, linear decay) or constant
+warmup_steps = 10           # linear warmup
+final_lr = 0.1              # last learning rate as a share of the peak
+# --- evaluation and log ---
+eval_every = 100            # steps between evaluations; each one saves, as the end of the run does
+eval_examples = 500         # held-out chats to evaluate on, always the same; 0: all
+eval_tasks = ""             # tasks of tasks.py to answer greedily at each evaluation, as in "addition,sorting"
+eval_questions = 100        # questions of each, from its dev split
+samples = 2                 # conversations of the held-out side answered and printed at each evaluation; 0: none
+spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
+spike_patience = 10         # stop after this many skipped updates in a row
+curves = True               # draw curves.png at the end
+report_to = ""              # wandb or tensorboard, if installed
+
+
+def weighted_nll(nll_BT, weights_BT):
+    """The sum of the targets' negative log-likelihoods in nats, each times its weight (None: 1)."""
+    return (nll_BT if weights_BT is None else nll_BT * weights_BT).sum()
+
+
+def add_noise(model, alpha):
+    """From now on training adds uniform noise of size alpha / sqrt(T C) to the embeddings (NEFTune, Jain et al. 2023,
+    arXiv:2310.05914, algorithm 1); without gradients nothing is added."""
+    def hook(module, inputs, x):
+        size = alpha / math.sqrt(x.size(-2) * x.size(-1))
+        return x + torch.zeros_like(x).uniform_(-size, size) if torch.is_grad_enabled() else x
+    model.model.embed_tokens.register_forward_hook(hook)
+
+
+@torch.no_grad()
+def evaluate(model, rows, run):
+    """Nats per trained token over held-out chats, exactly: every target once, summed over ranks."""
+    total = torch.zeros(2, dtype=torch.float64)     # nats, targets
+    for ids_BT, targets_BT, _, cu_seqlens in rows:
+        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).cpu().double()
+        total += torch.stack([nll_BT.sum(), (targets_BT != -100).sum()])
+    nats, targets = run.total(total).tolist()
+    return nats / max(1, targets)
+
+
+def greedy_accuracy(model, tokenizer, task, n_questions):
+    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
+    questions = list(TASKS[task].questions("dev", limit=n_questions))
+    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
+    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
+    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
+                for question, answer in zip(questions, answers)]
+    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
+
+
+def answer_text(tokenizer, answer):
+    """What was generated, without the id that ended it."""
+    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
+
+
+def print_samples(model, tokenizer, chats, count, run):
+    """Prints the first held-out chats up to their first answer, and the model's greedy one."""
+    for start, end in zip(chats.offsets[:count], chats.offsets[1:]):
+        asked = chats.tokens[start:start + chats.mask[start:end].argmax()].tolist()
+        [answer] = engine.generate(model, [asked], max_new_tokens=128, temperature=0)
+        text = tokenizer.decode(asked) + answer_text(tokenizer, answer)
+        run.print("  sample: " + text.replace("\n", "\n  | "))
+
+
+def main(config):
+    least = dict(epochs=0, max_steps=0, eval_every=1, context=0, rows_per_step=1, micro_rows=0, eval_examples=0,
+                 eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
+                 max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, neftune=0,
+                 spike_patience=1)
+    for name in (name for name in least if config[name] < least[name]):
+        raise SystemExit(f"sft.py: --{name} must be at least {least[name]}, got {config[name]}")
+    if not epochs and not max_steps:
+        raise SystemExit("sft.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
+    if report_to not in ("", "wandb", "tensorboard"):
+        raise SystemExit(f"sft.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
+    if method not in ("full", "lora", "head"):
+        raise SystemExit(f"sft.py: method must be full, lora or head, got {method!r}")
+    if method != "full" and optimizer != "adamw":
+        raise SystemExit(f"sft.py: --method={method} trains with adamw, got --optimizer={optimizer}")
+    asked = [name.strip() for name in eval_tasks.split(",") if name.strip()]
+    for name in (name for name in asked if name not in TASKS or not TASKS[name].generated):
+        raise SystemExit(f"sft.py: eval_tasks names {name!r}; tasks that make up their questions are "
+                         f"{', '.join(name for name, task in TASKS.items() if task.generated)}")
+    optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
+    if max(beta1, beta2, momentum) >= 1:
+        raise SystemExit(f"sft.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
+    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
+        raise SystemExit(f"sft.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
+                         "choose another --out_dir")
+    folder = fetch(init_from)
+    run = common.start(config)                              # ranks, device, seeds, out_dir
+    micro = micro_rows or max(1, rows_per_step // run.world_size)
+    accumulation, rest = divmod(rows_per_step, micro * run.world_size)
+    if rest or not accumulation:
+        raise SystemExit(f"sft.py: rows_per_step={rows_per_step} is not a multiple of micro_rows * ranks = "
+                         f"{micro} * {run.world_size}")
+
+    # model
+    tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
+    if tokenizer.chat_end_id is None:
+        raise SystemExit(f"sft.py: the tokenizer in {init_from} has no <|im_start|> and <|im_end|> to write chats "
+                         "with; begin from a model whose tokenizer has them")
+    T = context or model.config.context
+    if T > model.config.context:
+        raise SystemExit(f"sft.py: --context={context} is longer than the {model.config.context} tokens that "
+                         f"{init_from} was trained on; lower it, or pretrain with a longer context first")
+    if tokenizer.chat_end_id not in model.config.stop_ids:
+        model.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
+    if method == "lora":
+        lora.add(model, lora_rank, lora_alpha, lora_targets, rslora, lora_dropout)
+    elif method == "head":
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+    if neftune:
+        add_noise(model, neftune)
+    model.model.checkpointing = checkpointing
+    model = run.parallel(model)
+
+    # data
+    batches = ChatBatches(data, "train", rows_per_step, micro, T, seed, run.rank, run.world_size, tokenizer, packing,
+                          source_weights)
+    held_out = Chats(data, "val", tokenizer)                # says now what would be wrong at the first evaluation
+    held_out.check_fit(T)
+    held = f"{batches.n_tokens:,} tokens of {batches.n_examples:,} chats, tokenizer {tokenizer.fingerprint}"
+    if run.state and run.state["extra"]["data"] != held:
+        raise SystemExit(f"sft.py: --resume=true, but {data} held {run.state['extra']['data']} and now holds {held}; "
+                         "restore it, or begin a new run")
+    last_step = max_steps or math.ceil(epochs * batches.steps_per_epoch)
+
+    # optimizer, and where the resumed run stopped
+    updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum, 5,
+                          run.dtype)
+    run.resume(model, updates)
+    run.extra["data"] = held
+    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.print(f"{trained / 1e6:.2f}M of {model.config.n_params() / 1e6:.2f}M parameters trained, {held}; "
+              f"{batches.efficiency:.1%} of what is processed is real, {last_step} steps in all")
+
+    for step in range(run.first_step, last_step + 1):
+        done = max(step / last_step, run.elapsed() / max_seconds if max_seconds else 0)
+        stopping = run.stop_requested()
+
+        # evaluate and save
+        if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
+            rows = fixed_chats(data, "val", T, micro, eval_examples, run.rank, run.world_size, tokenizer)
+            metrics = dict(eval_loss=evaluate(model, rows, run))
+            for task in asked if run.is_main else ():
+                right, formatted = greedy_accuracy(model, tokenizer, task, eval_questions)
+                metrics |= {f"eval_accuracy/{task}": right, f"eval_format/{task}": formatted}
+            if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
+                run.log(step, done, **metrics)
+            best = metrics["eval_loss"] < run.extra.get("best_eval_loss", math.inf)
+            run.extra.update(guard=guard.state(), evaluated=step)
+            if best:
+                run.extra["best_eval_loss"] = metrics["eval_loss"]
+            run.save(model, updates, step, tokenizer, best)
+            if run.is_main:
+                if method == "lora":
+                    lora.save(model, run.path("adapter"), base=init_from)
+                print_samples(model, tokenizer, held_out, samples, run)
+        elif stopping:
+            run.extra.update(guard=guard.state())
+            run.save(model, updates, step, tokenizer)
+        if done >= 1 or stopping:
+            break
+
+        # learning rate
+        begin = run.clock()
+        scale = optim.lr_scale(step, done, schedule, warmup_steps, final=final_lr)
+        for group in updates.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+        # gradients: one denominator for the whole step, all micro-batches and ranks
+        targets_in_step = batches.targets_in_step(step)
+        loss_sum = 0.0
+        for i in range(accumulation):
+            run.meet(model, now=i == accumulation - 1)
+            ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batches(step, i))
+            nll = weighted_nll(model(ids_BT, targets_BT, cu_seqlens), weights_BT)
+            (nll * (run.world_size / max(1, targets_in_step))).backward()
+            loss_sum += nll.detach()
+
+        # update
+        loss = (run.total(loss_sum) / max(1, targets_in_step)).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        if guard.accepts(loss, grad_norm):
+            updates.step()
+        updates.zero_grad()
+
+        # log the whole step
+        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + round(targets_in_step)
+        run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
+                num_tokens=run.extra["num_tokens"], tokens_per_second=targets_in_step / (run.clock() - begin),
+                skipped_updates=guard.skipped)
+
+    run.finish()
+    if done < 1:
+        run.print(f"stopped before step {step}; go on with the same options and --resume=true")
+    else:
+        run.print(f"{out_dir}: {metrics['eval_loss']:.4f} nats per trained token on held-out chats after "
+                  f"{run.clock():.1f} s; talk to it: python chat.py --model={out_dir}")
+
+
+if __name__ == "__main__":
+    main(configure(globals()))

@@ -1,0 +1,200 @@
+"""sft.py end to end on a tiny task: it learns, resumes exactly, ranks and packing change nothing, mistakes are said."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+import lora
+import sft
+from chats import ChatBatches, fixed_chats
+from model import GPT, Config
+from tokenizer import Tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ["--context=96", "--rows_per_step=4", "--device=cpu", "--dtype=fp32", "--eval_every=6", "--eval_examples=20",
+        "--samples=1", "--warmup_steps=2", "--curves=false", "--max_steps=18"]
+
+
+def call(script, *flags, ranks=1, **options):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  f"--nproc_per_node={ranks}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, script, *flags], cwd=ROOT, capture_output=True, text=True, env=env, timeout=90,
+                          **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random base model with its tokenizer, and chats of a task."""
+    folder = tmp_path_factory.mktemp("sft")
+    tokenizer = Tokenizer.train(["Sort 3 1 2\nThink, then answer as digits. 1 2 3 4 5 6 7 8 9 0"] * 9, 300)
+    torch.manual_seed(0)
+    model = GPT(Config(384, n_layer=2, n_head=2, n_embd=32, context=128, eos_id=tokenizer.eot_id,
+                       pad_id=tokenizer.pad_id))
+    model.save(folder / "base")
+    tokenizer.save(folder / "base")
+    result = call("data.py", "--kind=chats", "--sources=task:sorting", "--task_examples=300", "--context=96",
+                  f"--tokenizer={folder}/base", f"--out_dir={folder}/chats")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def command(folder, out_dir, *flags):
+    return [f"--data={folder}/chats", f"--init_from={folder}/base", f"--out_dir={out_dir}", *TINY, *flags]
+
+
+def run(folder, out_dir, *flags, **options):
+    return call("sft.py", *command(folder, out_dir, *flags), **options)
+
+
+def log(out_dir):
+    return [json.loads(line) for line in open(os.path.join(out_dir, "log.jsonl"))]
+
+
+def losses(out_dir):
+    return {record["step"]: record["loss"] for record in log(out_dir) if "loss" in record}
+
+
+def weights(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The uninterrupted run that others are compared with."""
+    out_dir = tmp_path_factory.mktemp("out") / "whole"
+    result = run(folder, out_dir, "--eval_tasks=sorting", "--eval_questions=4", "--curves=true")
+    assert result.returncode == 0, result.stderr
+    return out_dir, result
+
+
+def test_it_learns_and_leaves_a_chat_model(whole):
+    out_dir, result = whole
+    first, last = losses(out_dir)[0], losses(out_dir)[17]
+    assert first == pytest.approx(5.95, abs=0.12) and last < first - 1          # ln 384 before anything is learnt
+    evaluated = [record for record in log(out_dir) if "eval_loss" in record]
+    assert [record["step"] for record in evaluated] == [0, 6, 12, 18]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+    assert 0 <= evaluated[-1]["eval_accuracy/sorting"] <= evaluated[-1]["eval_format/sorting"] <= 1
+    assert "sample: <|im_start|>user" in result.stdout and "talk to it: python chat.py" in result.stdout
+    assert (out_dir / "curves.png").exists() and (out_dir / "best" / "model.safetensors").exists()
+    _, tokenizer, chat, trained = engine.load(str(out_dir), device="cpu")
+    assert chat and trained
+    _, _, chat, trained = engine.load(json.load(open(out_dir / "options.json"))["init_from"], device="cpu")
+    assert not chat and not trained
+
+
+def test_a_run_killed_at_any_moment_resumes_bitwise(folder, whole, tmp_path):
+    out_dir, flags = tmp_path / "killed", ["--eval_tasks=sorting", "--eval_questions=4", "--curves=true"]
+    process = subprocess.Popen([sys.executable, "sft.py", *command(folder, out_dir, *flags)], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not (out_dir / "resume" / "state.pt").exists() or len(open(out_dir / "log.jsonl").readlines()) < 9:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = run(folder, out_dir, *flags, "--resume=true")
+    assert result.returncode == 0, result.stderr
+    assert losses(out_dir) == losses(whole[0])
+    assert [r for r in log(out_dir) if "eval_loss" in r] == [r for r in log(whole[0]) if "eval_loss" in r]
+    a, b = weights(out_dir), weights(whole[0])
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_ranks_that_accumulate_equal_one_that_does_not(folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(folder, one, "--micro_rows=4").returncode == 0
+    begun = run(folder, two, "--micro_rows=1", ranks=2)
+    assert begun.returncode == 0, begun.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], atol=2e-5, rtol=0)
+
+
+def gradients(model, folder, **options):
+    """(sum of the loss over an epoch, gradients) of the training side."""
+    batches = ChatBatches(folder / "chats", "train", 1, 1, 96, seed=0, **options)
+    model.zero_grad()
+    total, steps = 0.0, round(batches.steps_per_epoch)
+    for step in range(steps):
+        ids, targets, loss_weights, cu_seqlens = batches(step, 0)
+        loss = sft.weighted_nll(model(ids, targets, cu_seqlens), loss_weights)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_packed_chats_give_the_loss_and_gradient_of_single_ones(folder):
+    model = GPT.load(str(folder / "base"))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    packed, single = gradients(model, folder), gradients(model, folder, packing=False)
+    assert packed[0] == pytest.approx(single[0], rel=1e-6)
+    for name, gradient in packed[1].items():
+        torch.testing.assert_close(gradient, single[1][name], atol=1e-3, rtol=1e-4)
+
+
+def test_a_sources_weight_multiplies_its_loss(folder):
+    model = GPT.load(str(folder / "base"))
+    [name] = ChatBatches(folder / "chats", "train", 1, 1, 96, seed=0).chats.names
+    plain, half = gradients(model, folder), gradients(model, folder, source_weights={name: 0.5})
+    assert half[0] == pytest.approx(plain[0] / 2, rel=1e-6)
+
+
+def test_noise_is_added_in_training_alone_and_of_the_papers_size(folder):
+    model, ids = GPT.load(str(folder / "base")), torch.zeros(2, 50, dtype=torch.long)
+    clean = model.model.embed_tokens(ids)
+    sft.add_noise(model, 5.0)
+    noise = (model.model.embed_tokens(ids) - clean).abs()
+    assert noise.max() <= 5 / (50 * 32) ** 0.5 < noise.max() * 1.01
+    with torch.no_grad():
+        assert torch.equal(model.model.embed_tokens(ids), clean)
+
+
+def test_adapters_train_and_what_is_saved_is_merged(folder, tmp_path):
+    result = run(folder, tmp_path / "lora", "--method=lora", "--lr=0.01", "--neftune=5")
+    assert result.returncode == 0, result.stderr
+    values = list(losses(tmp_path / "lora").values())
+    assert values[-1] < values[0] - 0.3
+    model = lora.load(GPT.load(str(folder / "base")), str(tmp_path / "lora" / "adapter"))
+    merged = GPT.load(str(tmp_path / "lora"))
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model.forward_hidden(ids), merged.forward_hidden(ids), atol=1e-5, rtol=1e-5)
+    resumed = run(folder, tmp_path / "lora", "--method=lora", "--lr=0.01", "--neftune=5", "--resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_head_alone_trains_the_head_alone(folder, tmp_path):
+    assert run(folder, tmp_path / "head", "--method=head").returncode == 0
+    before, after = weights(folder / "base"), weights(tmp_path / "head")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"lm_head.weight"}
+
+
+def test_the_held_out_loss_is_exact(folder, whole):
+    model = GPT.load(str(whole[0]))
+    nats = targets = 0
+    with torch.no_grad():
+        for ids, wanted, _, cu_seqlens in fixed_chats(folder / "chats", "val", 96, 3, 20):
+            nats += model(ids, wanted, cu_seqlens).double().sum().item()
+            targets += (wanted != -100).sum().item()
+    assert nats / targets == pytest.approx(log(whole[0])[-1]["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--method=prefix"], "method must be full, lora or head"), (["--epochs=0", "--max_steps=0"], "nothing to do"),
+    (["--eval_tasks=sortin"], "eval_tasks names 'sortin'"), (["--context=500"], "is longer than the 128 tokens"),
+    (["--context=40"], "longer than context=40"), (["--rows_per_step=6", "--micro_rows=4"], "is not a multiple of"),
+    (["--source_weights=x=2"], "source_weights names 'x'"), (["--method=lora", "--lora_targets=nope"], "'nope'"),
+    (["--method=lora", "--optimizer=muon"], "trains with adamw"), (["--data=nowhere"], "there is no nowhere/train.h5"),
+    (["--init_from=nowhere"], "'nowhere' is not a model directory")])
+def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
+    result = run(folder, tmp_path / "bad", *flags)
+    assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
