@@ -449,14 +449,19 @@ def fixed_rows(folder, split, context, micro_rows, max_tokens=0, rank=0, world_s
 
 
 def main(config):
-    kinds = {"text": prepare, "chats": chats.prepare}
-    kind = config.pop("kind")
-    if kind not in kinds:
+    kind, others = config["kind"], {"text": "chats only", "chats": "text only"}
+    if kind not in others:
         raise ValueError(f"kind is {kind!r}; it must be text or chats")
+    mine = {}
     for name, (default, _, section) in read_options(__file__).items():
-        if section == {"text": "chats only", "chats": "text only"}[kind] and config.pop(name) != default:
+        if section != others[kind] and name != "kind":
+            mine[name] = config[name]
+        elif config[name] != default and name != "kind":
             raise ValueError(f"{name} is an option of {section}, and kind is {kind}")
-    kinds[kind](**config)
+    if kind == "text":
+        prepare(**mine)
+    else:
+        chats.prepare(**mine)
 
 
 if __name__ == "__main__":
