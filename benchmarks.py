@@ -21,8 +21,9 @@ from collections import Counter
 import numpy as np
 
 import sandbox
+import tasks
 from data import open_tokens
-from sources import extension, json_rows, mix, parse_sources
+from sources import extension, mix, parse_sources
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 LETTERS = "ABCDEFGHIJ"
@@ -99,14 +100,13 @@ def read_rows(path):
                 rows = [dict(question=row[0], choices=row[1:-1], answer=row[-1], subject=subject)
                         for row in csv.reader(file) if row]
         else:
-            rows = [row for row, _, _ in json_rows(path, "error", Counter())]
+            return tasks.read_rows(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
-    odd = next((row for row in rows if not isinstance(row, dict)), None)
-    if odd is not None or not rows:
-        raise ValueError(f"{path} holds " + (f"{odd!r:.40} where a row should be an object" if rows else "no rows"))
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
     return rows
 
 

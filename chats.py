@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from formats import parse_chats, split_weights
+from sources import publish
 from tokenizer import MARKS, Tokenizer
 
 CHUNK = 4000                  # chats encoded at once
@@ -221,14 +222,7 @@ def prepare(out_dir, sources, tokenizer="", val_fraction=0.05, invalid_utf8="err
         tokenizer.save(unfinished)
         for split, chosen_E in (("val", held_E), ("train", ~held_E)):
             file.finish(os.path.join(unfinished, f"{split}.h5"), chosen_E, attributes)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out_dir, "train.h5"))
-        for name in sorted(os.listdir(unfinished), key=lambda name: name == "train.h5"):
-            os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
-        if os.name == "posix":                                  # the names themselves
-            folder = os.open(out_dir, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        publish(unfinished, out_dir)
     except OSError as error:
         raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
                          "--out_dir; what it held before is untouched") from None

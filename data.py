@@ -40,7 +40,7 @@ import numpy as np
 
 import chats
 from configurator import configure, read_options
-from sources import BLOCK, mix, parse_sources
+from sources import BLOCK, mix, parse_sources, publish
 
 # --- run ---
 out_dir = "data/text"         # folder to write: train.h5, val.h5 and the tokenizer
@@ -270,14 +270,7 @@ def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, te
         for split, writer in writers.items():
             writer.finish(os.path.join(unfinished, f"{split}.h5"), attributes)
         seconds = time.perf_counter() - before
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out_dir, "train.h5"))
-        for name in sorted(os.listdir(unfinished), key=lambda name: name == "train.h5"):
-            os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
-        if os.name == "posix":                                  # the names themselves
-            folder = os.open(out_dir, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        publish(unfinished, out_dir)
     except OSError as error:
         raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
                          "--out_dir; what it held before is untouched") from None

@@ -7,6 +7,7 @@ A document is a text file, a row of a .jsonl .json .parquet file or of a hub dat
 library. Long documents come in pieces, so that memory stays flat. `notes` counts by reason what was left out.
 """
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -308,3 +309,15 @@ def mix(corpus, max_bytes, notes):
             if enough:
                 return
         notes["empty documents skipped"] += not begun
+
+
+def publish(unfinished, out_dir):
+    """Moves the finished files of prepared data into out_dir, train.h5 last: where it stands, the data is complete."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(out_dir, "train.h5"))
+    for name in sorted(os.listdir(unfinished), key=lambda name: name == "train.h5"):
+        os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
+    if os.name == "posix":                                      # the names themselves
+        folder = os.open(out_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -21,7 +21,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def setup(path):
-    from model import GPT, Config
+    from generate import save_random_model
+
     from sources import json_rows
     from tokenizer import Tokenizer
     os.makedirs(WORK, exist_ok=True)
@@ -29,14 +30,7 @@ def setup(path):
     with open(f"{WORK}/hellaswag_val.jsonl", "w") as f:
         f.writelines(json.dumps({name: row[name] for name in ("query", "choices", "gold")}) + "\n" for row in rows)
     tokenizer = Tokenizer.train([row["query"] for row in rows], 4096)
-    tokenizer.save(f"{WORK}/model")
-    torch.manual_seed(0)
-    model = GPT(Config(4096, n_layer=6, n_head=6, n_embd=384, n_hidden=1024, context=1024, eos_id=tokenizer.eot_id,
-                       pad_id=tokenizer.pad_id))
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.02)
-    model.save(f"{WORK}/model")
+    save_random_model(tokenizer, f"{WORK}/model")
 
 
 def ours(dtype):

@@ -25,21 +25,27 @@ NEW = 512
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def setup(gsm8k):
-    """Writes the model directory and the prompts' ids: ragged ones, and as many of equal lengths from the same text."""
+def save_random_model(tokenizer, path):
+    """The model of 13.8M parameters that all entries use, written with the tokenizer."""
     from model import GPT, Config
-    from sources import json_rows
-    from tokenizer import Tokenizer
-    questions = [row["question"] for row, _, _ in json_rows(gsm8k, "error", {})]
-    tokenizer = Tokenizer.train(questions, 4096)
-    tokenizer.save(f"{WORK}/model")
     torch.manual_seed(0)
     model = GPT(Config(4096, n_layer=6, n_head=6, n_embd=384, n_hidden=1024, context=1024, eos_id=tokenizer.eot_id,
                        pad_id=tokenizer.pad_id))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02)
-    model.save(f"{WORK}/model")
+    model.save(path)
+    tokenizer.save(path)
+    return model
+
+
+def setup(gsm8k):
+    """Writes the model directory and the prompts' ids: ragged ones, and as many of equal lengths from the same text."""
+    from sources import json_rows
+    from tokenizer import Tokenizer
+    questions = [row["question"] for row, _, _ in json_rows(gsm8k, "error", {})]
+    tokenizer = Tokenizer.train(questions, 4096)
+    model = save_random_model(tokenizer, f"{WORK}/model")
     ragged = [ids.tolist() for ids in tokenizer.encode_batch([f"Question: {q}\nAnswer:" for q in questions[:512]])]
     tokens, mean = sum(ragged, []), sum(map(len, ragged)) // 512
     equal = [tokens[i * mean:(i + 1) * mean] for i in range(512)]

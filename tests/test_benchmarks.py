@@ -218,7 +218,7 @@ def test_what_is_missing_is_said_with_what_was_looked_for(tmp_path):
     ("mmlu", json.dumps({**MMLU, "choices": None}), "is not of mmlu"),
     ("humaneval", json.dumps({**HUMANEVAL, "prompt": " "}), "must be text, not empty"),
     ("ifeval", '{"key": 1, "prompt": "", "instruction_id_list": [], "kwargs": []}', "the prompt is empty"),
-    ("piqa", "[3]", "holds 3 where a row should be an object"), ("piqa", "", "holds no rows"),
+    ("piqa", "[3]", "is 3; a row is an object with named columns"), ("piqa", "", "holds no rows"),
     ("piqa", '{"goal": ', "is not JSON")])
 def test_a_file_of_the_wrong_shape_is_one_sentence(tmp_path, task, content, sentence):
     (tmp_path / "p.jsonl").write_text(content)

@@ -16,7 +16,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "judge": {"model", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
          "likelihood": {"kernels"}, "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
-         "formats": {"sources", "tasks"}, "chats": {"formats", "tokenizer"},
+         "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats"}}
 STAGES = {"pretrain", "sft", "eval", "chat"}   # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
