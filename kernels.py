@@ -5,6 +5,7 @@ Shape letters: B sequences, T tokens, H heads, D head width, C channels, V vocab
 """
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,15 +30,25 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
                          "alike, with q's batch, length and width, and their heads must divide q's")
     if window < 0:
         raise ValueError(f"attention window must be 0 (off) or more tokens, got {window}")
+    if cu_seqlens is not None and impl == "auto" and not window and q.device.type == "cpu":
+        documents = packed_documents(tuple(cu_seqlens.tolist()), B * T, T, q.device)
+        if documents is not None:
+            return document_attention(q, k, v, documents)
+        cu_seqlens = None                                                       # every row is one document
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
     allowed = None if cu_seqlens is None and not window else visible(B, T, cu_seqlens, window, q.device)
+    return masked_attention(q, k, v, allowed, impl).transpose(1, 2)
+
+
+def masked_attention(q, k, v, allowed=None, impl="auto"):
+    """attention on (B, H, T, D); allowed (B or 1, 1, T, T) bool says which query sees which key, None: causal."""
+    T, H = q.size(2), q.size(1)
     if impl == "auto":
         # on CPU torch's fused backward loses to plain products up to these lengths (docs/log.md)
         short = T <= (512 if q.dtype == torch.bfloat16 else 128)
         impl = "plain" if q.device.type == "cpu" and short else "sdpa"
     if impl == "sdpa":
-        out = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != k.size(1))
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != k.size(1))
     if impl != "plain":
         raise ValueError(f"attention impl must be auto, plain or sdpa, got {impl!r}")
     if H != k.size(1):
@@ -46,7 +57,7 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
         bias = causal_bias(T, q.dtype, q.device)
     else:
         bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -1e30)
-    return PlainAttention.apply(q, k, v, bias).transpose(1, 2)
+    return PlainAttention.apply(q, k, v, bias)
 
 
 def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=None):
@@ -110,11 +121,15 @@ def visible(B, T, cu_seqlens, window, device):
     return allowed & (document == document.transpose(-1, -2))
 
 
+def check_offsets(cu_seqlens, n_tokens):
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
+
+
 def document_ids(cu_seqlens, n_tokens):
     """(n_tokens,) int64: the number of the document that each token of the flattened batch belongs to."""
+    check_offsets(cu_seqlens, n_tokens)
     inner = cu_seqlens.long()
-    if len(inner) < 2 or inner[0] != 0 or inner[-1] != n_tokens or (inner.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
     starts = torch.zeros(n_tokens + 1, dtype=torch.long, device=inner.device)
     starts.index_add_(0, inner, torch.ones_like(inner))
     return starts[:n_tokens].cumsum(0) - 1
@@ -143,6 +158,116 @@ class PlainAttention(torch.autograd.Function):
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
         dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=scale)
         return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+# --- attention within documents ---
+
+class Documents:
+    """Where the documents of a flattened batch lie, so that each can attend densely to itself and to nothing else.
+
+    documents: arrays of positions in the batch, a document's tokens in their order. A position may stand in several, as
+    a prompt does that its answers share; its output is the same in all. Documents are computed in groups of like
+    length, padded at their ends, where causal attention never looks. ValueError if one of n_tokens is in none.
+    """
+
+    def __init__(self, documents, n_tokens, device):
+        documents = sorted((positions for positions in documents if len(positions)), key=len, reverse=True)
+        self.shapes, blocks = [], []                            # (documents, tokens) of each group
+        while documents:
+            longest = len(documents[0])
+            group = [positions for positions in documents if len(positions) >= 0.75 * longest - 8]
+            documents = documents[len(group):]
+            blocks.append(np.stack([np.pad(p, (0, longest - len(p)), constant_values=-1) for p in group]).ravel())
+            self.shapes.append((len(group), longest))
+        padded = np.concatenate(blocks)                         # (M,)
+        real = np.flatnonzero(padded >= 0)
+        tokens, first = np.unique(padded[real], return_index=True)
+        if len(tokens) != n_tokens:
+            raise ValueError(f"{n_tokens - len(tokens)} of {n_tokens} tokens belong to no document")
+        home, copies = real[first], np.delete(real, first)
+        arrays = padded.clip(0), home, copies, padded[copies]
+        self.padded, self.home, self.copies, self.copied = (torch.from_numpy(x).to(device) for x in arrays)
+        self.known = {}
+
+    def places(self, H):
+        """(M, H): the row of width D where each head of each padded token lies, groups being (documents, H, tokens)."""
+        if H not in self.known:
+            parts, base, device = [], 0, self.padded.device
+            for n, L in self.shapes:
+                document, token, head = (torch.arange(x, device=device) for x in (n, L, H))
+                parts.append(base + (document[:, None, None] * H + head) * L + token[:, None])
+                base += n * H * L
+            self.known[H] = torch.cat([part.flatten(0, 1) for part in parts])
+        return self.known[H]
+
+    def sources(self, shape, stride):
+        """(M * H,): for each row of the groups, the row of width D of a tensor (B, T, H, D) that belongs there."""
+        if (shape, stride) not in self.known:
+            _, T, H, D = shape
+            if stride[3] != 1 or any(step % D for step in stride[:3]):
+                raise ValueError(f"attention within documents needs whole heads side by side in memory, got {stride}")
+            row, token, head = (step // D for step in stride[:3])
+            source = self.padded // T * row + self.padded % T * token
+            source = source[:, None] + torch.arange(H, device=source.device) * head             # (M, H)
+            index = torch.empty_like(source).flatten()
+            index[self.places(H).flatten()] = source.flatten()
+            self.known[shape, stride] = index
+        return self.known[shape, stride]
+
+
+class Gather(torch.autograd.Function):
+    """(M * H, D): the heads of x (B, T, H, D) group by group. Gradients of keys add up over a token's copies; queries'
+    copies have none."""
+
+    @staticmethod
+    def forward(ctx, x, documents, is_key):
+        ctx.documents, ctx.is_key, ctx.shape = documents, is_key, x.shape
+        D = x.size(-1)
+        n_rows = sum((size - 1) * step for size, step in zip(x.shape, x.stride())) // D + 1
+        return x.as_strided((n_rows, D), (D, 1)).index_select(0, documents.sources(x.shape, x.stride()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        documents, places = ctx.documents, ctx.documents.places(ctx.shape[2])
+        dx = grad.index_select(0, places[documents.home].flatten()).view(-1, *ctx.shape[2:])    # (N, H, D)
+        if ctx.is_key and len(documents.copies):
+            copies = grad.index_select(0, places[documents.copies].flatten()).view(-1, *ctx.shape[2:])
+            dx.index_add_(0, documents.copied, copies)
+        return dx.view(ctx.shape), None, None
+
+
+class Scatter(torch.autograd.Function):
+    """(N, H, D): the heads of rows (M * H, D) back in the batch's order; copies are left out."""
+
+    @staticmethod
+    def forward(ctx, rows, documents, H):
+        ctx.shape, ctx.home = rows.shape, documents.places(H)[documents.home].flatten()
+        return rows.index_select(0, ctx.home).view(-1, H, rows.size(-1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.home, grad.reshape(-1, ctx.shape[-1])), None, None
+
+
+def document_attention(q, k, v, documents):
+    """Causal softmax attention of q (B, T, H, D) to k, v (B, T, Hkv, D) within Documents, (B, T, H, D)."""
+    D = q.size(-1)
+    rows = [Gather.apply(x, documents, is_key) for x, is_key in ((q, False), (k, True), (v, True))]
+    groups = [x.split([n * heads * L for n, L in documents.shapes])
+              for x, heads in zip(rows, (q.size(2), k.size(2), v.size(2)))]
+    out = [masked_attention(*(x.view(n, -1, L, D) for x in group)).reshape(-1, D)
+           for (n, L), *group in zip(documents.shapes, *groups)]
+    return Scatter.apply(torch.cat(out), documents, q.size(2)).view(q.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def packed_documents(cu_seqlens, n_tokens, T, device):
+    """The Documents between offsets (a tuple); None where rows of T tokens are one document each."""
+    if cu_seqlens == tuple(range(0, n_tokens + 1, T)):
+        return None
+    check_offsets(torch.tensor(cu_seqlens), n_tokens)
+    ends = sorted({*cu_seqlens, *range(0, n_tokens + 1, T)})
+    return Documents([np.arange(a, b) for a, b in zip(ends, ends[1:])], n_tokens, device)
 
 
 # --- linear ---

@@ -279,13 +279,19 @@ class GPT(nn.Module):
             nn.init.zeros_(module.self_attn.o_proj.weight)
             nn.init.zeros_(module.mlp.down_proj.weight)
 
-    def forward_hidden(self, ids, cu_seqlens=None):
-        """Final hidden states (B, T, C) of ids (B, T); with cu_seqlens, packed documents do not see each other."""
-        return self.model(ids, cu_seqlens)
+    def forward_hidden(self, ids, cu_seqlens=None, **layout):
+        """Final hidden states (B, T, C) of ids (B, T); with cu_seqlens, packed documents do not see each other.
+        layout: of prompts with their answers (packing.py)."""
+        return self.model(ids, cu_seqlens, **layout)
 
-    def forward(self, ids, targets, cu_seqlens=None):
-        """Negative log-likelihood of each target, (B, T) fp32 nats; 0 where targets == -100."""
-        return -linear_logprob(*self.lm_head.folded(self.forward_hidden(ids, cu_seqlens)), targets)
+    def forward(self, ids, targets, cu_seqlens=None, *, temperature=1.0, want_entropy=False, **layout):
+        """Negative log-likelihood of each target under softmax(logits / temperature), (B, T) fp32 nats; 0 where targets
+        == -100. With want_entropy also that distribution's entropies (B, T), which have no gradient."""
+        hidden, weight = self.lm_head.folded(self.forward_hidden(ids, cu_seqlens, **layout))
+        if want_entropy:
+            logp, entropy = linear_logprob(hidden, weight, targets, temperature, want_entropy=True)
+            return -logp, entropy
+        return -linear_logprob(hidden, weight, targets, temperature)
 
     def logits(self, hidden):
         """(..., V) fp32 logits of final hidden states."""
@@ -329,9 +335,9 @@ class ScalarHead(nn.Module):
         self.model = Backbone(config)
         self.score = Linear(config.n_embd, 1)
 
-    def forward(self, ids, cu_seqlens=None):
-        """(B, T) fp32."""
-        return self.score(self.model(ids, cu_seqlens)).squeeze(-1).float()
+    def forward(self, ids, cu_seqlens=None, **layout):
+        """(B, T) fp32; layout as in GPT.forward_hidden."""
+        return self.score(self.model(ids, cu_seqlens, **layout)).squeeze(-1).float()
 
     def save(self, directory):
         """Writes model.safetensors (fp32) and config.json, each atomically."""

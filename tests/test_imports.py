@@ -13,12 +13,15 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": set(), "common": set(), "sources": set(),
          "model": {"kernels", "common"}, "lora": {"common", "model"}, "decoder": {"kernels", "model"},
          "engine": {"common", "decoder", "model", "tokenizer"}, "tasks": {"sources"},
-         "judge": {"model", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
-         "likelihood": {"kernels"}, "results": {"common"},
+         "judge": {"model", "packing", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
+         "likelihood": {"kernels"}, "packing": {"kernels"},
+         "pairs": {"engine", "formats", "judge", "model", "packing", "sources", "tasks", "tokenizer"},
+         "rollouts": {"common", "engine", "judge", "model", "packing", "results", "tasks", "tokenizer"},
+         "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
-         "data": {"configurator", "tokenizer", "common", "sources", "chats"}}
-STAGES = {"pretrain", "sft", "eval", "chat"}   # may import anything below, and no other stage
+         "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
+STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat"}   # may import anything below, and no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
 
