@@ -292,6 +292,9 @@ class Chats:
                              "with --tokenizer of the model")
         self.lengths = np.diff(self.offsets)
         self.targets = np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64) - self.mask[self.offsets[:-1]]
+        if not self.targets.any():
+            raise ValueError(f"{path} holds {len(self.lengths):,} examples and no trained token: its mask is empty; "
+                             f"write it again with python data.py --kind=chats --out_dir={folder} --overwrite=true")
 
     def check_fit(self, context):
         """ValueError if an example is longer than the context: none is ever cut."""
@@ -431,11 +434,13 @@ class ChatBatches:
         rows = self.rows(step)[first:first + self.micro_rows]
         return self.chats.assemble(rows, self.width(rows), self.weights_E)
 
-    def targets_in_step(self, step):
+    def targets_in_step(self, step, weighted=True):
         """Targets of the whole step, each times its weight, over all micro-batches and ranks: its one denominator."""
         picked = [example for row in self.rows(step) for example in row]
         counts = self.chats.targets[picked]
-        return int(counts.sum()) if self.weights_E is None else float(counts @ self.weights_E[picked].astype(float))
+        if self.weights_E is None or not weighted:
+            return int(counts.sum())
+        return float(counts @ self.weights_E[picked].astype(float))
 
     def epoch(self, step):
         """Epochs done before `step`, with fraction."""

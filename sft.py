@@ -93,8 +93,8 @@ def add_noise(model, alpha):
 
 
 def token_sums(nll_BT, entropy_BT, hits_BT, targets_BT):
-    """(4,) float64 sums over the targets, each counted once: their negative log-likelihoods and the entropies of the
-    distributions they were drawn against, in nats; how many are the likeliest token; how many there are."""
+    """(4,) float64 sums over the targets, each counted once whatever its weight: negative log-likelihoods and entropies
+    in nats, how many are the likeliest token, and how many there are."""
     return torch.stack([x.detach().cpu().double().sum() for x in (nll_BT, entropy_BT, hits_BT, targets_BT != -100)])
 
 
@@ -245,36 +245,37 @@ def main(config):
             group["lr"] = group["peak_lr"] * scale
 
         # gradients: one denominator for the whole step, all micro-batches and ranks
-        targets_in_step = batches.targets_in_step(step)
+        denominator = batches.targets_in_step(step) or 1
         measured = token_stats > 0 and step % token_stats == 0
-        loss_sum = stats = 0.0
+        loss_sum = sums = 0.0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
             ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batches(step, i))
             nll_BT = model(ids_BT, targets_BT, cu_seqlens, want_entropy=measured, want_hits=measured)
             if measured:
-                stats += token_sums(*nll_BT, targets_BT)
-                nll_BT = nll_BT[0]
+                nll_BT, entropy_BT, hits_BT = nll_BT
+                sums += token_sums(nll_BT, entropy_BT, hits_BT, targets_BT)
             nll = weighted_nll(nll_BT, weights_BT)
-            (nll * (run.world_size / max(1, targets_in_step))).backward()
+            (nll * (run.world_size / denominator)).backward()
             loss_sum += nll.detach()
 
         # update
-        loss = (run.total(loss_sum) / max(1, targets_in_step)).item()
+        loss = (run.total(loss_sum) / denominator).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         if guard.accepts(loss, grad_norm):
             updates.step()
         updates.zero_grad()
 
         # log the whole step
-        more = {}
+        n_tokens = batches.targets_in_step(step, weighted=False)
+        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + n_tokens
+        metrics = dict(loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
+                       num_tokens=run.extra["num_tokens"], tokens_per_second=n_tokens / (run.clock() - begin),
+                       skipped_updates=guard.skipped)
         if measured:
-            _, entropy, hits, n = run.total(stats).tolist()
-            more = dict(entropy=entropy / max(1, n), mean_token_accuracy=hits / max(1, n))
-        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + round(targets_in_step)
-        run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
-                num_tokens=run.extra["num_tokens"], tokens_per_second=targets_in_step / (run.clock() - begin),
-                skipped_updates=guard.skipped, **more)
+            _, entropy, hits, n = run.total(sums).tolist()
+            metrics.update(entropy=entropy / max(1, n), mean_token_accuracy=hits / max(1, n))
+        run.log(step, done, **metrics)
 
     run.finish()
     if done < 1:
