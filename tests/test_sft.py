@@ -267,7 +267,8 @@ def test_a_sources_weight_multiplies_its_loss_and_no_count_of_tokens(folder, who
     plain, half = gradients(model, folder), gradients(model, folder, source_weights={name: 0.5})
     assert half[0] == pytest.approx(plain[0] / 2, rel=1e-6)
     # of a single source it falls out of the mean, however small
-    assert run(folder, tmp_path / "out", f"--source_weights={name}=0.0001", "--max_steps=1", "--samples=0").returncode == 0
+    flags = f"--source_weights={name}=0.0001", "--max_steps=1", "--samples=0"
+    assert run(folder, tmp_path / "out", *flags).returncode == 0
     first, usual = (next(record for record in log(out_dir) if "loss" in record)
                     for out_dir in (tmp_path / "out", whole[0]))
     for key in ("loss", "grad_norm", "num_tokens"):
