@@ -313,7 +313,11 @@ class Chats:
                              f"{', '.join(self.names)}")
         if any(weight is None or not 0 <= weight < float("inf") for weight in weights.values()):
             raise ValueError(f"source_weights is {weights}; a weight is a number, at least 0, as in NAME=0.5")
-        return np.array([weights.get(name, 1.0) for name in self.names], np.float32)[self.source]
+        weights_E = np.array([weights.get(name, 1.0) for name in self.names], np.float32)[self.source]
+        if not weights_E.any():
+            raise ValueError(f"source_weights is {weights} and leaves no source of {self.path} to train on; give "
+                             "one of them a weight above 0")
+        return weights_E
 
     def assemble(self, rows, width, weights_E=None):
         """(ids (B, T), targets (B, T), weights (B, T) or None, cu_seqlens) of rows, lists of examples that fit in T.

@@ -139,7 +139,7 @@ def main(config):
     least = dict(epochs=0, max_steps=0, eval_every=1, context=0, rows_per_step=1, micro_rows=0, eval_examples=0,
                  eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
                  max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, neftune=0,
-                 spike_patience=1, token_stats=0)
+                 spike_patience=1, token_stats=0, lora_rank=1, lora_alpha=0, lora_dropout=0)
     for name in (name for name in least if config[name] < least[name]):
         raise SystemExit(f"sft.py: --{name} must be at least {least[name]}, got {config[name]}")
     if not epochs and not max_steps:
@@ -173,6 +173,9 @@ def main(config):
     if tokenizer.chat_end_id is None:
         raise SystemExit(f"sft.py: the tokenizer in {init_from} has no <|im_start|> and <|im_end|> to write chats "
                          "with; begin from a model whose tokenizer has them")
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise SystemExit(f"sft.py: the tokenizer in {init_from} has {tokenizer.vocab_size} ids and its model "
+                         f"{model.config.vocab_size}; begin from a model whose embedding has a row for every id")
     T = context or model.config.context
     if T > model.config.context:
         raise SystemExit(f"sft.py: --context={context} is longer than the {model.config.context} tokens that "

@@ -564,7 +564,8 @@ def test_weights_of_sources_reach_the_targets_and_the_denominator(folder):
         total += weights.sum().item()
     assert b.targets_in_step(0) == pytest.approx(total) and total < batches(folder).targets_in_step(0)
     assert torch.equal(b(0, 0)[2], batches(folder, source_weights=f"{names[0]}=0.25")(0, 0)[2])
-    for wrong, sentence in (({"x": 1.0}, "names 'x', but the sources"), ({names[0]: -1.0}, "at least 0")):
+    for wrong, sentence in (({"x": 1.0}, "names 'x', but the sources"), ({names[0]: -1.0}, "at least 0"),
+                            (dict.fromkeys(names, 0.0), "leaves no source of .*train.h5 to train on")):
         with pytest.raises(ValueError, match=sentence):
             batches(folder, source_weights=wrong)
 

@@ -199,6 +199,22 @@ def test_packed_chats_give_the_loss_and_gradient_of_single_ones(folder):
         torch.testing.assert_close(gradient, single[1][name], atol=1e-6, rtol=1e-5)
 
 
+def test_the_scripts_packed_step_has_the_loss_of_its_chats_one_by_one(folder, tmp_path):
+    model = randomised(folder)              # attends from the first step on
+    shutil.copytree(folder / "base", tmp_path / "base")
+    model.save(tmp_path / "base")
+    flags = f"--init_from={tmp_path}/base", "--max_steps=1", "--samples=0"
+    assert (result := run(folder, tmp_path / "out", *flags)).returncode == 0, result.stderr
+    batches, nats, n = ChatBatches(folder / "chats", "train", 4, 4, 96, 1337), 0.0, 0
+    for example in (example for row in batches.rows(0) for example in row):
+        ids, targets, _, _ = batches.chats.assemble([[example]], int(batches.chats.lengths[example]))
+        with torch.no_grad():
+            nats += model(ids, targets).sum().item()
+        n += (targets != -100).sum().item()
+    first = next(record for record in log(tmp_path / "out") if "loss" in record)
+    assert first["loss"] == pytest.approx(nats / n, abs=1e-5) and first["num_tokens"] == n
+
+
 def test_a_chat_has_the_losses_that_it_has_alone_whatever_stands_beside_it(folder):
     model, split = randomised(folder), Chats(folder / "chats", "train")
     width = int(split.lengths[:3].sum()) + 2
@@ -320,8 +336,24 @@ def test_the_held_out_loss_is_exact(folder, whole):
     (["--context=40"], "longer than context=40"), (["--rows_per_step=6", "--micro_rows=4"], "is not a multiple of"),
     (["--source_weights=x=2"], "source_weights names 'x'"), (["--method=lora", "--lora_targets=nope"], "'nope'"),
     (["--method=lora", "--optimizer=muon"], "trains with adamw"), (["--data=nowhere"], "there is no nowhere/train.h5"),
-    (["--init_from=nowhere"], "'nowhere' is not a model directory")])
+    (["--init_from=nowhere"], "'nowhere' is not a model directory"), (["--token_stats=-1"], "must be at least 0"),
+    (["--method=lora", "--lora_rank=0"], "must be at least 1"), (["--method=lora", "--lora_dropout=1"], "below 1")])
 def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
     result = run(folder, tmp_path / "bad", *flags)
     assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flaw, said", [
+    ("no specials", "has no <|im_start|> and <|im_end|> to write chats with; begin from a model whose tokenizer"),
+    ("few rows", "has 288 ids and its model 256; begin from a model whose embedding has a row for every id")])
+def test_a_base_model_that_cannot_read_chats_is_one_sentence(folder, tmp_path, flaw, said):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    if flaw == "few rows":
+        GPT(Config(256, n_layer=1, n_head=2, n_embd=16, context=128)).save(tmp_path / "base")
+    else:
+        spec = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if "im_" not in token["content"]]
+        (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(spec))
+    result = run(folder, tmp_path / "out", f"--init_from={tmp_path}/base")
+    assert result.returncode == 1 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
