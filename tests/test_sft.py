@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import engine
+import formats
 import lora
 import sft
-from chats import ChatBatches, Chats, fixed_chats
+from chats import ChatBatches, Chats, fixed_chats, prepare
 from model import GPT, Config
 from tokenizer import Tokenizer
 
@@ -35,7 +37,7 @@ def call(script, *flags, ranks=1, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random base model with its tokenizer, and chats of a task."""
+    """A random base model with its tokenizer; chats of a task, each of which fills a row; ragged, several to a row."""
     folder = tmp_path_factory.mktemp("sft")
     tokenizer = Tokenizer.train(["Sort 3 1 2\nThink, then answer as digits. 1 2 3 4 5 6 7 8 9 0"] * 9, 300)
     torch.manual_seed(0)
@@ -46,6 +48,13 @@ def folder(tmp_path_factory):
     result = call("data.py", "--kind=chats", "--sources=task:sorting", "--task_examples=300", "--context=96",
                   f"--tokenizer={folder}/base", f"--out_dir={folder}/chats")
     assert result.returncode == 0, result.stderr
+    some = random.Random(0)
+    digits = lambda most: " ".join(some.choices("123456789", k=some.randint(1, most)))
+    rows = [{"messages": formats.chat(*(digits(6) for _ in range(some.choice((2, 2, 2, 4)))))} for _ in range(300)]
+    (folder / "ragged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(str(folder / "ragged"), str(folder / "ragged.jsonl"), str(folder / "base"), context=96)
+    packed = ChatBatches(folder / "ragged", "train", 4, 4, 96, 1337).rows(0)
+    assert sum(len(row) > 1 for row in packed) > 1
     return folder
 
 
@@ -125,7 +134,7 @@ def test_two_ranks_that_accumulate_equal_one_that_does_not(folder, tmp_path):
 def test_every_split_into_micro_batches_gives_the_same_gradients(folder, packing):
     model, found = randomised(folder), {}
     for micro in (8, 4, 2, 1):
-        batches = ChatBatches(folder / "chats", "train", 8, micro, 96, seed=0, packing=packing)
+        batches = ChatBatches(folder / "ragged", "train", 8, micro, 96, seed=0, packing=packing)
         model.zero_grad()
         for i in range(8 // micro):
             ids, targets, _, cu_seqlens = batches(3, i)
@@ -140,8 +149,8 @@ def test_the_script_divides_by_the_whole_steps_targets_however_it_is_split(folde
     first = {}
     for micro in (8, 1):
         out_dir = tmp_path / str(micro)
-        result = run(folder, out_dir, "--rows_per_step=8", f"--micro_rows={micro}", "--packing=false", "--max_steps=2",
-                     "--samples=0", "--token_stats=1")
+        result = run(folder, out_dir, f"--data={folder}/ragged", "--rows_per_step=8", f"--micro_rows={micro}",
+                     "--packing=false", "--max_steps=2", "--samples=0", "--token_stats=1")
         assert result.returncode == 0, result.stderr
         first[micro] = next(record for record in log(out_dir) if "loss" in record)
     for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
@@ -177,9 +186,9 @@ def randomised(folder):
     return model
 
 
-def gradients(model, folder, **options):
+def gradients(model, data, **options):
     """(mean of the loss over an epoch, gradients) of the training side; over targets, not their weights."""
-    batches = ChatBatches(folder / "chats", "train", 1, 1, 96, seed=0, **options)
+    batches = ChatBatches(data, "train", 1, 1, 96, seed=0, **options)
     model.zero_grad()
     total, steps = 0.0, round(batches.steps_per_epoch)
     n = batches.chats.targets.sum()
@@ -193,7 +202,7 @@ def gradients(model, folder, **options):
 
 def test_packed_chats_give_the_loss_and_gradient_of_single_ones(folder):
     model = randomised(folder)
-    packed, single = gradients(model, folder), gradients(model, folder, packing=False)
+    packed, single = (gradients(model, folder / "ragged", packing=packing) for packing in (True, False))
     assert packed[0] == pytest.approx(single[0], rel=1e-6)
     for name, gradient in packed[1].items():
         torch.testing.assert_close(gradient, single[1][name], atol=1e-6, rtol=1e-5)
@@ -203,9 +212,9 @@ def test_the_scripts_packed_step_has_the_loss_of_its_chats_one_by_one(folder, tm
     model = randomised(folder)              # attends from the first step on
     shutil.copytree(folder / "base", tmp_path / "base")
     model.save(tmp_path / "base")
-    flags = f"--init_from={tmp_path}/base", "--max_steps=1", "--samples=0"
+    flags = f"--init_from={tmp_path}/base", f"--data={folder}/ragged", "--max_steps=1", "--samples=0"
     assert (result := run(folder, tmp_path / "out", *flags)).returncode == 0, result.stderr
-    batches, nats, n = ChatBatches(folder / "chats", "train", 4, 4, 96, 1337), 0.0, 0
+    batches, nats, n = ChatBatches(folder / "ragged", "train", 4, 4, 96, 1337), 0.0, 0
     for example in (example for row in batches.rows(0) for example in row):
         ids, targets, _, _ = batches.chats.assemble([[example]], int(batches.chats.lengths[example]))
         with torch.no_grad():
@@ -216,7 +225,7 @@ def test_the_scripts_packed_step_has_the_loss_of_its_chats_one_by_one(folder, tm
 
 
 def test_a_chat_has_the_losses_that_it_has_alone_whatever_stands_beside_it(folder):
-    model, split = randomised(folder), Chats(folder / "chats", "train")
+    model, split = randomised(folder), Chats(folder / "ragged", "train")
     width = int(split.lengths[:3].sum()) + 2
     together, alone = split.assemble([[0, 1, 2]], width), split.assemble([[1]], width)
     first, n = int(split.lengths[0]), int(split.lengths[1])
@@ -280,7 +289,7 @@ def test_entropy_and_accuracy_are_measured_every_so_many_steps_and_at_evaluation
 def test_a_sources_weight_multiplies_its_loss_and_no_count_of_tokens(folder, whole, tmp_path):
     model = GPT.load(str(folder / "base"))
     [name] = ChatBatches(folder / "chats", "train", 1, 1, 96, seed=0).chats.names
-    plain, half = gradients(model, folder), gradients(model, folder, source_weights={name: 0.5})
+    plain, half = (gradients(model, folder / "chats", source_weights={name: weight}) for weight in (1, 0.5))
     assert half[0] == pytest.approx(plain[0] / 2, rel=1e-6)
     # of a single source it falls out of the mean, however small
     flags = f"--source_weights={name}=0.0001", "--max_steps=1", "--samples=0"
