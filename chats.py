@@ -292,6 +292,9 @@ class Chats:
                              "with --tokenizer of the model")
         self.lengths = np.diff(self.offsets)
         self.targets = np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64) - self.mask[self.offsets[:-1]]
+        if not self.targets.any():
+            raise ValueError(f"{path} holds {len(self.lengths):,} examples and no trained token: its mask is empty; "
+                             f"write it again with python data.py --kind=chats --out_dir={folder} --overwrite=true")
 
     def check_fit(self, context):
         """ValueError if an example is longer than the context: none is ever cut."""
@@ -310,7 +313,11 @@ class Chats:
                              f"{', '.join(self.names)}")
         if any(weight is None or not 0 <= weight < float("inf") for weight in weights.values()):
             raise ValueError(f"source_weights is {weights}; a weight is a number, at least 0, as in NAME=0.5")
-        return np.array([weights.get(name, 1.0) for name in self.names], np.float32)[self.source]
+        weights_E = np.array([weights.get(name, 1.0) for name in self.names], np.float32)[self.source]
+        if not weights_E.any():
+            raise ValueError(f"source_weights is {weights} and leaves no source of {self.path} to train on; give "
+                             "one of them a weight above 0")
+        return weights_E
 
     def assemble(self, rows, width, weights_E=None):
         """(ids (B, T), targets (B, T), weights (B, T) or None, cu_seqlens) of rows, lists of examples that fit in T.
@@ -431,11 +438,13 @@ class ChatBatches:
         rows = self.rows(step)[first:first + self.micro_rows]
         return self.chats.assemble(rows, self.width(rows), self.weights_E)
 
-    def targets_in_step(self, step):
+    def targets_in_step(self, step, weighted=True):
         """Targets of the whole step, each times its weight, over all micro-batches and ranks: its one denominator."""
         picked = [example for row in self.rows(step) for example in row]
         counts = self.chats.targets[picked]
-        return int(counts.sum()) if self.weights_E is None else float(counts @ self.weights_E[picked].astype(float))
+        if self.weights_E is None or not weighted:
+            return int(counts.sum())
+        return float(counts @ self.weights_E[picked].astype(float))
 
     def epoch(self, step):
         """Epochs done before `step`, with fraction."""

@@ -367,27 +367,30 @@ def rotate(x, cos, sin):
 
 # --- head ---
 
-def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False):
+def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False, want_hits=False):
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), fp32 nats, without (N, V) logits.
 
     hidden is (..., C), weight (V, C), targets (...) int64; a target of -100 gives 0 and no gradient. Returns (...)
-    log-probabilities, and with want_entropy=True also the (...) entropies (no gradient through those).
+    log-probabilities; with want_entropy=True then also the (...) entropies, and with want_hits=True whether each target
+    is the likeliest token, (...) bool: 0 and False where the target is -100, no gradient through either.
     The logits exist a chunk of tokens at a time, in forward and again in backward. The gradient with respect to each
     token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
     """
     shape = targets.shape
-    logp, entropy = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1),
-                                        temperature, want_entropy)
-    return (logp.view(shape), entropy.view(shape)) if want_entropy else logp.view(shape)
+    columns = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), temperature,
+                                  want_entropy, want_hits)
+    logp, *more = (column.view(shape) for column in columns if column is not None)
+    return (logp, *more) if more else logp
 
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
+    def forward(ctx, hidden, weight, targets, temperature, want_entropy, want_hits):
         N, V = hidden.size(0), weight.size(0)
         rows = max(1, LOGIT_BYTES // (4 * V))
         lse = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        logp, entropy = torch.empty_like(lse), torch.zeros_like(lse) if want_entropy else None
+        logp, entropy = torch.empty_like(lse), torch.empty_like(lse) if want_entropy else None
+        hits = torch.empty_like(lse, dtype=torch.bool) if want_hits else None
         ignored = targets == -100
         targets = targets.masked_fill(ignored, 0).unsqueeze(-1)
         for chunk in (slice(i, i + rows) for i in range(0, N, rows)):
@@ -396,18 +399,19 @@ class LinearLogprob(torch.autograd.Function):
             logp[chunk] = logits.gather(-1, targets[chunk]).squeeze(-1) - lse[chunk]
             if want_entropy:
                 entropy[chunk] = lse[chunk] - (torch.softmax(logits, -1) * logits).sum(-1)
+            if want_hits:
+                hits[chunk] = logits.argmax(-1) == targets[chunk].squeeze(-1)
         logp.masked_fill_(ignored, 0)
-        if want_entropy:
-            entropy.masked_fill_(ignored, 0)
-            ctx.mark_non_differentiable(entropy)
+        more = [column.masked_fill_(ignored, 0) for column in (entropy, hits) if column is not None]
+        ctx.mark_non_differentiable(*more)
         ctx.save_for_backward(hidden, weight, targets, ignored, lse)
         ctx.rows, ctx.temperature = rows, temperature
         ctx.kept = logits if 0 < N <= rows else None        # one chunk: backward need not compute it again
-        return logp, entropy
+        return logp, entropy, hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _=None):
+    def backward(ctx, grad, *_):
         hidden, weight, targets, ignored, lse = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
         dweight = None
@@ -425,7 +429,7 @@ class LinearLogprob(torch.autograd.Function):
             dhidden[chunk] = dlogits @ weight
             if dweight is not None:
                 dweight += dlogits.t() @ hidden[chunk]
-        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None
+        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
 def scaled_logits(hidden, weight, temperature):

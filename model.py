@@ -284,14 +284,13 @@ class GPT(nn.Module):
         layout: of prompts with their answers (packing.py)."""
         return self.model(ids, cu_seqlens, **layout)
 
-    def forward(self, ids, targets, cu_seqlens=None, *, temperature=1.0, want_entropy=False, **layout):
+    def forward(self, ids, targets, cu_seqlens=None, *, temperature=1.0, want_entropy=False, want_hits=False, **layout):
         """Negative log-likelihood of each target under softmax(logits / temperature), (B, T) fp32 nats; 0 where targets
-        == -100. With want_entropy also that distribution's entropies (B, T), which have no gradient."""
+        == -100. With want_entropy then also that distribution's entropies (B, T), and with want_hits whether each
+        target is its likeliest token; neither has a gradient."""
         hidden, weight = self.lm_head.folded(self.forward_hidden(ids, cu_seqlens, **layout))
-        if want_entropy:
-            logp, entropy = linear_logprob(hidden, weight, targets, temperature, want_entropy=True)
-            return -logp, entropy
-        return -linear_logprob(hidden, weight, targets, temperature)
+        found = linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)
+        return (-found[0], *found[1:]) if want_entropy or want_hits else -found
 
     def logits(self, hidden):
         """(..., V) fp32 logits of final hidden states."""

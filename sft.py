@@ -70,6 +70,7 @@ eval_every = 100            # steps between evaluations; each one saves, as the 
 eval_examples = 500         # held-out chats to evaluate on, always the same; 0: all
 eval_tasks = ""             # tasks of tasks.py to answer greedily at each evaluation, as in "addition,sorting"
 eval_questions = 100        # questions of each, from its dev split
+token_stats = 10            # steps between measures of entropy and accuracy in training; 0: at evaluations alone
 samples = 2                 # conversations of the held-out side answered and printed at each evaluation; 0: none
 spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
 spike_patience = 10         # stop after this many skipped updates in a row
@@ -91,15 +92,23 @@ def add_noise(model, alpha):
     model.model.embed_tokens.register_forward_hook(hook)
 
 
+def token_sums(nll_BT, entropy_BT, hits_BT, targets_BT):
+    """(4,) float64 sums over the targets, each counted once whatever its weight: negative log-likelihoods and entropies
+    in nats, how many are the likeliest token, and how many there are."""
+    return torch.stack([x.detach().cpu().double().sum() for x in (nll_BT, entropy_BT, hits_BT, targets_BT != -100)])
+
+
 @torch.no_grad()
 def evaluate(model, rows, run):
-    """Nats per trained token over held-out chats, exactly: every target once, summed over ranks."""
-    total = torch.zeros(2, dtype=torch.float64)     # nats, targets
+    """Loss and entropy in nats per trained token, and the share of trained tokens that are the likeliest, over held-out
+    chats, exactly: every target once, summed over ranks."""
+    total = torch.zeros(4, dtype=torch.float64)
     for ids_BT, targets_BT, _, cu_seqlens in rows:
-        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).cpu().double()
-        total += torch.stack([nll_BT.sum(), (targets_BT != -100).sum()])
-    nats, targets = run.total(total).tolist()
-    return nats / max(1, targets)
+        ids_BT, targets_BT, cu_seqlens = run.move(ids_BT, targets_BT, cu_seqlens)
+        total += token_sums(*model(ids_BT, targets_BT, cu_seqlens, want_entropy=True, want_hits=True), targets_BT)
+    *sums, targets = run.total(total).tolist()
+    names = "eval_loss", "eval_entropy", "eval_mean_token_accuracy"
+    return {name: value / max(1, targets) for name, value in zip(names, sums)}
 
 
 def greedy_accuracy(model, tokenizer, task, n_questions):
@@ -130,7 +139,7 @@ def main(config):
     least = dict(epochs=0, max_steps=0, eval_every=1, context=0, rows_per_step=1, micro_rows=0, eval_examples=0,
                  eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
                  max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, neftune=0,
-                 spike_patience=1)
+                 spike_patience=1, token_stats=0, lora_rank=1, lora_alpha=0, lora_dropout=0)
     for name in (name for name in least if config[name] < least[name]):
         raise SystemExit(f"sft.py: --{name} must be at least {least[name]}, got {config[name]}")
     if not epochs and not max_steps:
@@ -164,6 +173,9 @@ def main(config):
     if tokenizer.chat_end_id is None:
         raise SystemExit(f"sft.py: the tokenizer in {init_from} has no <|im_start|> and <|im_end|> to write chats "
                          "with; begin from a model whose tokenizer has them")
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise SystemExit(f"sft.py: the tokenizer in {init_from} has {tokenizer.vocab_size} ids and its model "
+                         f"{model.config.vocab_size}; begin from a model whose embedding has a row for every id")
     T = context or model.config.context
     if T > model.config.context:
         raise SystemExit(f"sft.py: --context={context} is longer than the {model.config.context} tokens that "
@@ -208,7 +220,7 @@ def main(config):
         # evaluate and save
         if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
             rows = fixed_chats(data, "val", T, micro, eval_examples, run.rank, run.world_size, tokenizer)
-            metrics = dict(eval_loss=evaluate(model, rows, run))
+            metrics = evaluate(model, rows, run)
             for task in asked if run.is_main else ():
                 right, formatted = greedy_accuracy(model, tokenizer, task, eval_questions)
                 metrics |= {f"eval_accuracy/{task}": right, f"eval_format/{task}": formatted}
@@ -236,27 +248,37 @@ def main(config):
             group["lr"] = group["peak_lr"] * scale
 
         # gradients: one denominator for the whole step, all micro-batches and ranks
-        targets_in_step = batches.targets_in_step(step)
-        loss_sum = 0.0
+        denominator = batches.targets_in_step(step) or 1
+        measured = token_stats > 0 and step % token_stats == 0
+        loss_sum = sums = 0.0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
             ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batches(step, i))
-            nll = weighted_nll(model(ids_BT, targets_BT, cu_seqlens), weights_BT)
-            (nll * (run.world_size / max(1, targets_in_step))).backward()
+            nll_BT = model(ids_BT, targets_BT, cu_seqlens, want_entropy=measured, want_hits=measured)
+            if measured:
+                nll_BT, entropy_BT, hits_BT = nll_BT
+                sums += token_sums(nll_BT, entropy_BT, hits_BT, targets_BT)
+            nll = weighted_nll(nll_BT, weights_BT)
+            (nll * (run.world_size / denominator)).backward()
             loss_sum += nll.detach()
 
         # update
-        loss = (run.total(loss_sum) / max(1, targets_in_step)).item()
+        loss = (run.total(loss_sum) / denominator).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         if guard.accepts(loss, grad_norm):
             updates.step()
         updates.zero_grad()
 
         # log the whole step
-        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + round(targets_in_step)
-        run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
-                num_tokens=run.extra["num_tokens"], tokens_per_second=targets_in_step / (run.clock() - begin),
-                skipped_updates=guard.skipped)
+        n_tokens = batches.targets_in_step(step, weighted=False)
+        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + n_tokens
+        metrics = dict(loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
+                       num_tokens=run.extra["num_tokens"], tokens_per_second=n_tokens / (run.clock() - begin),
+                       skipped_updates=guard.skipped)
+        if measured:
+            _, entropy, hits, n = run.total(sums).tolist()
+            metrics.update(entropy=entropy / max(1, n), mean_token_accuracy=hits / max(1, n))
+        run.log(step, done, **metrics)
 
     run.finish()
     if done < 1:

@@ -3,6 +3,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +18,7 @@ import torch
 import chats
 import formats
 from tasks import TASKS, Question
-from tokenizer import Tokenizer
+from tokenizer import MARKS, Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ZERO2CHAT_DATA", HERE.parent / "shared/data"))
@@ -483,6 +485,35 @@ def test_targets_are_the_trained_tokens_of_the_same_example_and_nothing_else(fol
     assert counted == b.targets_in_step(0)
 
 
+def test_the_targets_of_several_turns_are_each_ones_own_ids_and_one_end_and_nothing_after_it(tmp_path, tokenizer):
+    talks = [formats.chat("Hi", "Ho ho", "And?", "12 fish\n", "x", "<think>a</think><answer>3</answer>", system="S"),
+             formats.chat("a red fox", " down there")]
+    train, _ = prepared(tmp_path, write(tmp_path / "x.jsonl", [formats.to_messages(talk) for talk in talks * 6]),
+                        tokenizer, val_fraction=0.01)
+    tok, seen = Tokenizer.load(tokenizer), 0
+    for example in range(len(train.lengths)):
+        ids, targets, _, _ = train.assemble([[example]], int(train.lengths[example]))
+        talk = next(talk for talk in talks if tok.decode(ids[0]) == tok.chat_text(talk))
+        replies = [message["content"] for message in talk if message["role"] == "assistant"]
+        marks = re.compile(f"({'|'.join(MARKS)})")
+        expected = [[tok.specials.get(part) or tok.encode(part) for part in marks.split(text)] for text in replies]
+        expected = [sum((part if isinstance(part, list) else [part] for part in parts), []) for parts in expected]
+        assert targets[targets != -100].tolist() == sum((reply + [tok.chat_end_id] for reply in expected), [])
+        ends = (targets[0] == tok.chat_end_id).nonzero().flatten()
+        assert len(ends) == len(replies) and (targets[0, ends + 1] == -100).all()
+        seen += len(replies)
+    assert seen > 3
+
+
+def test_a_mask_that_trains_nothing_is_refused(tmp_path, folder):
+    import h5py
+    shutil.copytree(folder, tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "train.h5", "r+") as file:
+        file["mask"][:] = 0
+    with pytest.raises(ValueError, match=r"train.h5 holds [\d,]+ examples and no trained token"):
+        chats.Chats(str(tmp_path / "out"), "train")
+
+
 def test_a_first_token_that_is_trained_is_no_target_of_the_example_before(folder):
     split = chats.Chats(folder, "train")
     split.mask = np.ones_like(split.mask)
@@ -533,7 +564,8 @@ def test_weights_of_sources_reach_the_targets_and_the_denominator(folder):
         total += weights.sum().item()
     assert b.targets_in_step(0) == pytest.approx(total) and total < batches(folder).targets_in_step(0)
     assert torch.equal(b(0, 0)[2], batches(folder, source_weights=f"{names[0]}=0.25")(0, 0)[2])
-    for wrong, sentence in (({"x": 1.0}, "names 'x', but the sources"), ({names[0]: -1.0}, "at least 0")):
+    for wrong, sentence in (({"x": 1.0}, "names 'x', but the sources"), ({names[0]: -1.0}, "at least 0"),
+                            (dict.fromkeys(names, 0.0), "leaves no source of .*train.h5 to train on")):
         with pytest.raises(ValueError, match=sentence):
             batches(folder, source_weights=wrong)
 

@@ -1,5 +1,5 @@
-"""eval.py, likelihood.py and results.py: closed forms, a naive loop as reference, invariance to batches, ranks and
-resuming, the table, and one sentence for every bad input."""
+"""eval.py, plans.py, likelihood.py and results.py: closed forms, a naive loop as reference, invariance to batches,
+ranks and resuming, the table, and one sentence for every bad input."""
 import itertools
 import json
 import math
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import plans
 import results
 from configurator import read_options
 from likelihood import encode_pairs, loglikelihoods, plant, score, windows
@@ -80,8 +81,8 @@ def planned(folder, task, model="base", **options):
     values = {name: default for name, (default, *_) in read_options(evaluation.__file__).items()}
     values.update(eval_data=str(folder / "data"), tasks=task, dtype="fp32", device="cpu", **options)
     o = type("Options", (), values)
-    subject = evaluation.load(str(folder / model), o.mode, o.device, o.dtype)
-    return evaluation.plan(subject, o, evaluation.Machine())
+    subject = plans.load(str(folder / model), o.mode, o.device, o.dtype)
+    return plans.plan(subject, o, plans.Machine())
 
 
 # --- figures ---
@@ -252,7 +253,7 @@ def test_accuracy_takes_the_likeliest_answer_and_acc_norm_the_likeliest_per_char
     rows = [dict(goal="x", sol1="ab", sol2="abcdefgh", label=1), dict(goal="y", sol1="ab", sol2="abcd", label=0)]
     path = write(tmp_path / "p.jsonl", rows)
     nats = {0: [(-2.0, None), (-4.0, None)], 1: [(-2.0, None), (-5.0, None)]}
-    monkeypatch.setattr(evaluation, "score", lambda model, trees, **_: [nats[i] for i in range(len(trees))])
+    monkeypatch.setattr(plans, "score", lambda model, trees, **_: [nats[i] for i in range(len(trees))])
     figures, n, counts = planned(folder, f"piqa={path}")[0].run()
     # by sum: 0, 0 of 1, 0; by character: -1 and -0.5, so 1; -1 and -1.25, so 0
     assert figures["acc"][0] == 0.5 and figures["acc_norm"][0] == 1.0 and n == 2 and counts["answers"] == 4
@@ -267,10 +268,10 @@ def answering(monkeypatch, texts, asked):
     """engine.generate answers these texts, in order."""
     def generate(model, prompts, n, tokenizer, **options):
         asked.append((prompts, options))
-        made = [evaluation.engine.Sample(i, tokenizer.encode(text), finish="stop") for i, text in enumerate(texts)]
+        made = [plans.engine.Sample(i, tokenizer.encode(text), finish="stop") for i, text in enumerate(texts)]
         assert len(made) == len(prompts) * n
         return made
-    monkeypatch.setattr(evaluation.engine, "generate", generate)
+    monkeypatch.setattr(plans.engine, "generate", generate)
 
 
 def test_a_base_model_is_asked_with_worked_examples_and_read_as_the_harness_reads(folder, monkeypatch):
@@ -308,7 +309,7 @@ def test_humaneval_runs_the_completion_and_counts_what_passes(folder, monkeypatc
             for i in range(3)]
     path = write(tmp_path / "h.jsonl", rows)
     answering(monkeypatch, ["    return 2 * x\n\ndef g", "    return x", "    while True: pass"], [])
-    monkeypatch.setattr(evaluation.sandbox, "run", lambda program, seconds, run=evaluation.sandbox.run: run(program, 2))
+    monkeypatch.setattr(plans.sandbox, "run", lambda program, seconds, run=plans.sandbox.run: run(program, 2))
     figures, n, _ = planned(folder, f"humaneval={path}", allow_code_execution=True)[0].run()
     assert figures["pass@1"][0] == pytest.approx(1 / 3) and n == 3
 
@@ -332,10 +333,10 @@ def test_a_judge_is_asked_in_both_orders_and_its_silence_is_counted(folder, monk
         asked.append(conversation[-1]["content"])
         return None if conversation[-1]["content"] == "question 0" else "1" if first == "long answer" else "2"
     ask.failures = ["no answer"]
-    monkeypatch.setattr(evaluation.judges, "endpoint", lambda *_: ask)
+    monkeypatch.setattr(plans.judges, "endpoint", lambda *_: ask)
     texts = iter([["long answer"] * 3, ["short"] * 3])
-    monkeypatch.setattr(evaluation.engine, "generate", lambda model, prompts, n, tokenizer, **_: [
-        evaluation.engine.Sample(i, tokenizer.encode(text), finish="stop") for i, text in enumerate(next(texts))])
+    monkeypatch.setattr(plans.engine, "generate", lambda model, prompts, n, tokenizer, **_: [
+        plans.engine.Sample(i, tokenizer.encode(text), finish="stop") for i, text in enumerate(next(texts))])
     (job,) = planned(folder, "judge", prompts=str(path), against=str(folder / "chat"), judge="http://x/v1",
                      judge_model="m")
     figures, n, counts = job.run()
@@ -534,8 +535,8 @@ def test_a_bad_input_ends_the_process_with_status_1(folder):
 
 def test_a_judge_that_never_answers_is_said(folder, monkeypatch, tmp_path):
     path = write(tmp_path / "prompts.jsonl", [dict(prompt="question")])
-    real = evaluation.judges.endpoint
-    monkeypatch.setattr(evaluation.judges, "endpoint", lambda *a: real(*a, timeout=1, retries=1, backoff=0.01))
+    real = plans.judges.endpoint
+    monkeypatch.setattr(plans.judges, "endpoint", lambda *a: real(*a, timeout=1, retries=1, backoff=0.01))
     (job,) = planned(folder, "judge", prompts=str(path), against=str(folder / "chat"), judge="http://127.0.0.1:9/v1",
                      judge_model="m", max_new_tokens=2)
     with pytest.raises(ValueError, match="the judge gave no verdict on any of 1 prompts .*no answer.*: 4 times"):
@@ -543,9 +544,9 @@ def test_a_judge_that_never_answers_is_said(folder, monkeypatch, tmp_path):
 
 
 def test_mode_is_chat_only_for_a_model_that_ends_answers_as_the_template_does(folder):
-    assert evaluation.load(str(folder / "chat")).chat and not evaluation.load(str(folder / "base")).chat
-    assert evaluation.load(str(folder / "base"), mode="chat").chat
-    assert not evaluation.load(str(folder / "chat"), mode="base").chat
+    assert plans.load(str(folder / "chat")).chat and not plans.load(str(folder / "base")).chat
+    assert plans.load(str(folder / "base"), mode="chat").chat
+    assert not plans.load(str(folder / "chat"), mode="base").chat
 
 
 def test_bf16_scores_are_near_fp32s(folder):

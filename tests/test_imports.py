@@ -19,6 +19,8 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "rollouts": {"common", "engine", "judge", "model", "packing", "results", "tasks", "tokenizer"},
          "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
+         "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
+                   "results", "sandbox", "tasks", "tokenizer"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
 STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat"}   # import anything below, no other stage

@@ -313,6 +313,32 @@ def test_entropy_equals_the_formula_and_carries_no_gradient(chunking, temperatur
     torch.testing.assert_close(hidden.grad, dhidden)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_hits_are_the_targets_that_are_likeliest_of_all_logits_with_entropy_or_without(chunking, temperature):
+    hidden, weight, targets, upstream = random_head()
+    likeliest = (hidden @ weight.t()).argmax(-1)
+    targets[0, 1:8:2], targets[2, 0] = likeliest[0, 1:8:2], likeliest[2, 0]
+    expected = (likeliest == targets) & (targets != -100)
+    assert 4 <= expected.sum() < (targets != -100).sum()
+    hidden.requires_grad_()
+    logp, hits = linear_logprob(hidden, weight, targets, temperature, want_hits=True)
+    assert hits.dtype == torch.bool and torch.equal(hits, expected)
+    both = linear_logprob(hidden, weight, targets, temperature, want_entropy=True, want_hits=True)
+    entropy = linear_logprob(hidden, weight, targets, temperature, want_entropy=True)[1]
+    assert len(both) == 3 and all(torch.equal(a, b) for a, b in zip(both, (logp, entropy, hits)))
+    both[0].backward(upstream)
+    _, dhidden, _ = logprob_and_gradients(hidden.detach(), weight, targets, upstream, temperature=temperature)
+    torch.testing.assert_close(hidden.grad, dhidden)
+
+
+def test_a_token_that_is_ignored_is_no_hit_though_id_0_be_the_likeliest(chunking):
+    hidden, weight, targets, _ = random_head()
+    weight[0] = 100 * hidden[0, 0]
+    targets[0, 0] = -100
+    logp, entropy, hits = linear_logprob(hidden, weight, targets, want_entropy=True, want_hits=True)
+    assert (hidden @ weight.t())[0, 0].argmax() == 0 and not hits[0, 0] and entropy[0, 0] == logp[0, 0] == 0
+
+
 def test_chunks_change_neither_values_nor_gradients(monkeypatch):
     head = random_head()
     expected = logprob_and_gradients(*head, temperature=0.9)

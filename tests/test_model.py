@@ -442,6 +442,19 @@ def test_the_loss_is_minus_the_log_probability_of_each_target_and_0_where_it_is_
         torch.testing.assert_close(model(ids, targets), nll)
 
 
+def test_entropies_and_hits_are_those_of_all_logits_and_leave_the_loss_as_it_is():
+    model, ids, targets = tiny(), random_ids(), random_ids(seed=2)
+    logp = torch.log_softmax(all_logits(model, ids).double() / 0.7, -1)
+    targets[:, ::2] = logp.argmax(-1)[:, ::2]
+    targets[:, ::3] = -100
+    nll, entropy, hits = model(ids, targets, temperature=0.7, want_entropy=True, want_hits=True)
+    assert torch.equal(nll, model(ids, targets, temperature=0.7)) and nll.requires_grad
+    asked = targets != -100
+    torch.testing.assert_close(entropy, (-(logp.exp() * logp).sum(-1) * asked).float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(hits, (logp.argmax(-1) == targets) & asked) and 0 < hits.sum() < asked.sum()
+    assert not entropy.requires_grad and len(model(ids, targets, want_hits=True)) == 2
+
+
 def test_no_output_depends_on_a_later_token():
     model, ids, targets = tiny(), random_ids(), random_ids(seed=2)
     before = model(ids, targets)

@@ -9,6 +9,7 @@ import torch
 
 import benchmarks
 import eval as evaluation
+import plans
 from configurator import read_options
 from likelihood import loglikelihoods
 from model import GPT, Config
@@ -119,9 +120,9 @@ def ours(folder, task, **options):
     """({name: value}, {name: stderr}) of a task, as the script gives them."""
     values = {name: default for name, (default, *_) in read_options(evaluation.__file__).items()}
     values.update(eval_data=str(folder / "data"), tasks=task, dtype="fp32", device="cpu", **options)
-    o, machine = type("Options", (), values), evaluation.Machine()
-    subject = evaluation.load(str(folder / "model"), o.mode, o.device, o.dtype)
-    (job,) = evaluation.plan(subject, o, machine)
+    o, machine = type("Options", (), values), plans.Machine()
+    subject = plans.load(str(folder / "model"), o.mode, o.device, o.dtype)
+    (job,) = plans.plan(subject, o, machine)
     return job.run()
 
 

@@ -1,12 +1,16 @@
 """Our directories open in transformers and theirs here: logits, greedy generations, tokenizer ids, chat templates."""
 import gzip
+import itertools
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch
 
+import chats
 import engine
+import formats
 from model import GPT, Config, ScalarHead
 from tokenizer import Tokenizer
 
@@ -155,6 +159,25 @@ def test_ids_of_2000_lines_of_real_text_are_transformers(lines, tmp_path):
     encoded = theirs(lines, add_special_tokens=False)["input_ids"]
     assert [array.tolist() for array in ours.encode_batch(lines)] == encoded
     assert [ours.decode(row) for row in encoded] == lines
+
+
+def test_chat_templates_give_the_ids_and_trained_tokens_of_500_real_conversations(tmp_path):
+    folders = {name: os.path.join(DATA, *name.split("/")) for name in
+               ("oasst1/en-validation.threads.jsonl.gz", "alpaca/alpaca_data.jsonl.gz", "dolly/dolly_3k.jsonl.gz")}
+    for path in (path for path in folders.values() if not os.path.exists(path)):
+        pytest.skip(f"needs {path}; name the folder of the data with ZERO2CHAT_DATA")
+    talk = []
+    for path, count in zip(folders.values(), (250, 125, 125)):
+        [source] = formats.parse_chats(path)
+        talk += [messages for messages, *_ in itertools.islice(source.chats(Counter()), count)]
+    assert len(talk) == 500 and sum(len(messages) > 3 for messages in talk) > 50
+    tokenizer = Tokenizer.train([message["content"] for messages in talk for message in messages], 1500)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages, (ids, mask) in zip(talk, chats.encode_chats(tokenizer, talk), strict=True):   # as data.py does
+        both = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == both["input_ids"] and mask.tolist() == both["assistant_masks"]
+        assert (ids.tolist(), mask.tolist()) == tokenizer.encode_chat(messages)
 
 
 def test_chat_templates_render_the_same_string_ids_and_trained_tokens(lines, tmp_path):
