@@ -468,9 +468,9 @@ def fixed_rows(folder, split, context, micro_rows, max_tokens=0, rank=0, world_s
 
 
 def main(config):
-    kind, kinds = config["kind"], {"text": prepare, "chats": chats.prepare, "pairs": pairs.prepare}
-    if kind not in kinds:
-        raise ValueError(f"kind is {kind!r}; it must be {', '.join(kinds)}")
+    kind = config["kind"]
+    if kind not in ("text", "chats", "pairs"):
+        raise ValueError(f"kind is {kind!r}; it must be text, chats or pairs")
     mine = {}
     for name, (default, _, section) in read_options(__file__).items():
         if section == "run" or kind in section.split() and ("model" not in section or config["from_model"]):
@@ -479,7 +479,12 @@ def main(config):
             raise ValueError(f"{name} is an option of {section}, and kind is {kind}"
                              + " from --sources" * (kind in section.split()))
     del mine["kind"]
-    kinds[kind](**mine)
+    if kind == "text":
+        prepare(**mine)
+    elif kind == "chats":
+        chats.prepare(**mine)
+    else:
+        pairs.prepare(**mine)
 
 
 if __name__ == "__main__":

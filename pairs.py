@@ -254,9 +254,8 @@ def fault(row, answers):
             return f"has {', '.join(message['role'] for message in messages)} in {name}, not one assistant's turn"
     if "completion" in answers and not isinstance(row.get("label"), bool):
         return f"has label={row.get('label')!r:.40}, not true or false"
-    margin = row.get("margin")
-    if not isinstance(margin, (int, float, type(None))) or isinstance(margin, bool) or not math.isfinite(
-            margin or 0):
+    margin = row.get("margin") or 0
+    if not isinstance(margin, (int, float)) or not math.isfinite(margin):
         return f"has margin={margin!r:.40}, not a number"
 
 

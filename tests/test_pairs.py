@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import engine
 import judge
 import pairs as module
 import sampled
+from configurator import read_options
 from formats import Unusable, chat
 from model import GPT, Config
 from pairs import PairBatches, Pairs, ThumbBatches, Thumbs, fixed_pairs, prepare
@@ -278,12 +280,23 @@ def test_the_script_says_which_options_belong_to_which_kind_and_shows_rows(tmp_p
     assert "\x1b" not in first.stdout
     again = run(*flags, "--show=2")
     assert again.returncode == 0 and again.stdout in first.stdout
-    for flag, sentence in (("--context=64", "context is an option of chats only, and kind is pairs"),
-                           ("--tokenizer=x", "tokenizer is an option of text and chats only, and kind is pairs"),
-                           ("--samples=3", "samples is an option of pairs from a model only, and kind is pairs from"),
-                           ("--from_model=x", "not from both"), ("--kind=pears", "text, chats, pairs")):
-        wrong = run(*flags, "--overwrite=true", flag)
-        assert wrong.returncode == 1 and sentence in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = run(*flags, "--overwrite=true", "--samples=3")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert "samples is an option of pairs from a model only, and kind is pairs from --sources" in wrong.stderr
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (dict(context=64), "context is an option of chats only, and kind is pairs"), (dict(kind="pears"), "'pears'; it"),
+    (dict(tokenizer="x"), "tokenizer is an option of text and chats only, and kind is pairs"),
+    (dict(from_model="x", sources="y"), "not from both"),
+    (dict(kind="chats", keep="all"), "keep is an option of pairs only"),
+    (dict(), "stdlib holds no pairs"), (dict(kind="text", show=1), "show is an option of chats and pairs only"),
+])
+def test_an_option_of_another_kind_is_refused(tmp_path, options, sentence):
+    defaults = {name: default for name, (default, *_) in read_options(data.__file__).items()}
+    with pytest.raises(ValueError, match=sentence):
+        data.main({**defaults, "kind": "pairs", "out_dir": str(tmp_path / "out"), **options})
+    assert not (tmp_path / "out").exists()
 
 
 # --- answers of a model ---
@@ -333,7 +346,7 @@ def test_sampled_pairs_are_right_against_wrong_and_dev_questions_are_held_out(tm
     prepare(str(tmp_path / "out"), from_model=model_dir, val_fraction=0.2, **SAMPLING)
     train, val = read(tmp_path / "out"), read(tmp_path / "out", "val")
     assert len(train) == 32 and len(val) == 8
-    sides = {side: {q.problem for q in itertools.islice(TASKS["sorting"].questions(side, seed), 3000)}
+    sides = {side: {q.problem for q in itertools.islice(TASKS["sorting"].questions(side, seed), 500)}
              for side, seed in (("train", 1338), ("dev", 1337))}
     for rows_of, side in ((train, "train"), (val, "dev")):
         for row in rows_of:
@@ -391,25 +404,25 @@ def test_an_untrained_model_gives_no_pairs_and_says_why(tmp_path, model_dir):
 # --- batches ---
 
 def test_prompts_end_with_the_opening_and_answers_with_the_end_of_a_turn(folder, tokenizer):
-    data = Pairs(folder, "train", tokenizer, 256)
-    for row, prompt, chosen, rejected in zip(data.rows, data.prompts, data.chosen, data.rejected):
+    split = Pairs(folder, "train", tokenizer, 256)
+    for row, prompt, chosen, rejected in zip(split.rows, split.prompts, split.chosen, split.rejected):
         assert prompt == list(tokenizer.encode_chat(row["prompt"], open_answer=True)[0])
         for name, ids in (("chosen", chosen), ("rejected", rejected)):
             whole, mask = tokenizer.encode_chat(row["prompt"] + row[name])
             assert list(whole[:len(prompt)]) == prompt and ids == [i for i, m in zip(whole, mask) if m]
             assert ids[-1] == tokenizer.chat_end_id
-    assert data.source_names == ["a", "b"] and {*data.sources} == {"a", "b"} and not data.margins.any()
-    assert not data.cut and not data.dropped
+    assert split.source_names == ["a", "b"] and {*split.sources} == {"a", "b"} and not split.margins.any()
+    assert not split.cut and not split.dropped
 
 
 def test_an_earlier_reply_is_part_of_the_prompt(tmp_path, tokenizer):
     row = {"prompt": [HI, HELLO, HI], "chosen": said("<think>\nx\n</think>y"), "rejected": said("z"), "margin": 2}
     write(tmp_path / "train.jsonl", [row])
-    data = Pairs(str(tmp_path), "train", tokenizer, 256)
-    assert tokenizer.decode(data.prompts[0]).endswith("assistant\nHello.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    split = Pairs(str(tmp_path), "train", tokenizer, 256)
+    assert tokenizer.decode(split.prompts[0]).endswith("assistant\nHello.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
                                                       "<|im_start|>assistant\n")
-    assert tokenizer.decode(data.chosen[0]) == "<think>\nx\n</think>y<|im_end|>"
-    assert data.chosen[0][0] == tokenizer.specials["<think>"] and data.margins.tolist() == [2.0]
+    assert tokenizer.decode(split.chosen[0]) == "<think>\nx\n</think>y<|im_end|>"
+    assert split.chosen[0][0] == tokenizer.specials["<think>"] and split.margins.tolist() == [2.0]
 
 
 def test_long_prompts_are_cut_from_the_left_and_long_answers_from_the_right_never_to_nothing(tmp_path, tokenizer):
@@ -421,23 +434,23 @@ def test_long_prompts_are_cut_from_the_left_and_long_answers_from_the_right_neve
         {"prompt": [{"role": "user", "content": "x"}], "chosen": said(f"{long} y"), "rejected": said(f"{long} z")}])
     opening = [tokenizer.specials["<|im_start|>"], *tokenizer.encode("assistant\n")]
     for context in (64, 40, len(opening) + 2):
-        data = Pairs(str(tmp_path), "train", tokenizer, context)
-        assert data.dropped["equal answers once cut"] == 1 and data.cut["prompts"] >= 2 and data.cut["answers"] >= 2
-        for prompt, *answers in zip(data.prompts, data.chosen, data.rejected):
+        split = Pairs(str(tmp_path), "train", tokenizer, context)
+        assert split.dropped["equal answers once cut"] == 1 and split.cut["prompts"] >= 2 and split.cut["answers"] >= 2
+        for prompt, *answers in zip(split.prompts, split.chosen, split.rejected):
             assert prompt[-len(opening):] == opening and min(map(len, answers)) > 0
             assert len(prompt) + max(map(len, answers)) <= context
     whole = list(tokenizer.encode_chat([{"role": "user", "content": long}], open_answer=True)[0])
-    data = Pairs(str(tmp_path), "train", tokenizer, 64)
-    assert data.prompts[0] == whole[len(data.rejected[0]) - 64:] and data.rejected[0][-1] == tokenizer.chat_end_id
-    assert data.prompts[1] == whole[-16:] and len(data.chosen[1]) == 48                # a quarter stays the prompt's
+    split = Pairs(str(tmp_path), "train", tokenizer, 64)
+    assert split.prompts[0] == whole[len(split.rejected[0]) - 64:] and split.rejected[0][-1] == tokenizer.chat_end_id
+    assert split.prompts[1] == whole[-16:] and len(split.chosen[1]) == 48                # a quarter stays the prompt's
     with pytest.raises(ValueError, match="context=4 has no room"):
         Pairs(str(tmp_path), "train", tokenizer, 4)
 
 
 def test_pairs_without_an_answer_or_with_equal_ones_are_dropped_and_counted(tmp_path, tokenizer):
     write(tmp_path / "train.jsonl", [PAIR, {**PAIR, "chosen": said(" ")}, {**PAIR, "chosen": [WHAT]}])
-    data = Pairs(str(tmp_path), "train", tokenizer, 64)
-    assert len(data) == 1 and data.dropped == {"without an answer": 1, "equal answers": 1}
+    split = Pairs(str(tmp_path), "train", tokenizer, 64)
+    assert len(split) == 1 and split.dropped == {"without an answer": 1, "equal answers": 1}
     write(tmp_path / "train.jsonl", [{**PAIR, "chosen": [WHAT]}])
     with pytest.raises(ValueError, match="nothing to learn from: 1 equal answers"):
         Pairs(str(tmp_path), "train", tokenizer, 64)
@@ -462,16 +475,16 @@ def test_opening_names_the_row_that_is_wrong(tmp_path, tokenizer, kind, row, sen
 
 
 def test_the_packed_row_holds_chosen_and_rejected_in_turns(folder, tokenizer):
-    data = Pairs(folder, "val", tokenizer, 256)
-    packed = data.packed([3, 1])
-    expected = [data.chosen[3], data.rejected[3], data.chosen[1], data.rejected[1]]
+    split = Pairs(folder, "val", tokenizer, 256)
+    packed = split.packed([3, 1])
+    expected = [split.chosen[3], split.rejected[3], split.chosen[1], split.rejected[1]]
     assert [packed.targets[0, where[mask]].tolist() for where, mask in zip(packed.places, packed.mask)] == expected
 
 
 def test_fingerprints_tell_tokens_apart(folder, tokenizer):
-    data = [Pairs(folder, split, tokenizer, size) for split, size in (("train", 256), ("val", 256), ("train", 20))]
-    assert len({pairs.fingerprint for pairs in data}) == 3
-    assert Pairs(folder, "train", tokenizer, 256).fingerprint == data[0].fingerprint
+    made = [Pairs(folder, split, tokenizer, size) for split, size in (("train", 256), ("val", 256), ("train", 20))]
+    assert len({pairs.fingerprint for pairs in made}) == 3
+    assert Pairs(folder, "train", tokenizer, 256).fingerprint == made[0].fingerprint
 
 
 def test_batches_are_a_function_of_seed_and_step_for_any_number_of_ranks(folder, tokenizer):
@@ -498,12 +511,12 @@ def test_a_step_that_does_not_fit_is_one_sentence(folder, tokenizer):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_fixed_pairs_are_each_exactly_once_and_ranks_have_equally_many_lists(folder, tokenizer, world_size):
-    data = Pairs(folder, "val", tokenizer, 256)
+    split = Pairs(folder, "val", tokenizer, 256)
     for limit in (0, 10):
-        lists = [list(fixed_pairs(data, 4, limit, rank, world_size)) for rank in range(world_size)]
+        lists = [list(fixed_pairs(split, 4, limit, rank, world_size)) for rank in range(world_size)]
         assert len({len(of_rank) for of_rank in lists}) == 1
         found = sorted(i for of_rank in lists for numbers in of_rank for i in numbers)
-        assert found == list(range(limit or len(data)))
+        assert found == list(range(limit or len(split)))
 
 
 def test_thumbs_come_in_batches_too(tmp_path, tokenizer):
