@@ -12,6 +12,8 @@ import pytest
 
 import chats
 import configurator
+import pairs
+import sampled
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = sorted(ROOT.glob("*.py"))
@@ -371,6 +373,8 @@ def test_every_option_of_a_script_is_read(path):
         read |= set(keys_read((ROOT / "plans.py").read_text(encoding="utf-8")))
     if "chats.prepare(**" in source:                        # takes what is of its kind
         read |= set(inspect.signature(chats.prepare).parameters)
+    if "pairs.prepare(**" in source:
+        read |= {*inspect.signature(pairs.prepare).parameters, *inspect.signature(sampled.sampled_sources).parameters}
     assert set(configurator.read_options(path)) <= read
 
 

@@ -445,7 +445,7 @@ def test_the_script_prepares_text_and_names_the_next_command(tmp_path, stories):
     assert re.search(r"train: 1\d\d documents, .* tokens, .* bytes per token\n", done.stdout)
     assert done.stdout.endswith(f"next: python pretrain.py --data={tmp_path}/out\n")
     wrong = run("--kind=chat")
-    assert wrong.returncode == 1 and wrong.stderr == "data.py: kind is 'chat'; it must be text or chats\n"
+    assert wrong.returncode == 1 and wrong.stderr == "data.py: kind is 'chat'; it must be text, chats or pairs\n"
 
 
 def test_importing_data_takes_numpy_only():
