@@ -15,7 +15,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "engine": {"common", "decoder", "model", "tokenizer"}, "tasks": {"sources"},
          "judge": {"model", "packing", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
          "likelihood": {"kernels"}, "packing": {"kernels"},
-         "pairs": {"engine", "formats", "judge", "model", "packing", "sources", "tasks", "tokenizer"},
+         "pairs": {"chats", "packing", "sources"},
          "rollouts": {"common", "engine", "judge", "model", "packing", "results", "tasks", "tokenizer"},
          "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
