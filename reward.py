@@ -3,7 +3,7 @@
 The Transformer's head is one number, read at an answer's last token, and the loss that of Bradley and Terry (Ouyang et
 al. 2022, arXiv:2203.02155, eq. 1): minus the log-probability that the chosen answer wins.
 
-    python data.py --kind=pairs --sources=task:sorting,task:addition --tokenizer=out/sft --out_dir=data/pairs
+    python data.py --kind=pairs --from_model=out/sft --task=sorting,addition --out_dir=data/pairs
     python reward.py --data=data/pairs --init_from=out/sft
     python reward.py --data=data/pairs --init_from=out/sft --method=lora --lr=5e-3 --out_dir=out/reward_lora
 

@@ -261,6 +261,24 @@ def test_a_run_killed_at_any_moment_resumes_bitwise(folder, whole, tmp_path):
     assert ScalarHead.load(str(out_dir)).bias == ScalarHead.load(str(whole[0])).bias
 
 
+def test_a_run_stopped_between_evaluations_saves_the_bias_of_the_last_one_even_after_resuming(folder, tmp_path):
+    out_dir, flags = tmp_path / "stopped", ["--max_steps=100000", "--eval_every=100000", "--epochs=0"]
+    for resume in ("false", "true"):
+        before = len(log(out_dir)) if resume == "true" else 0
+        process = subprocess.Popen([sys.executable, "reward.py", *command(folder, out_dir, *flags),
+                                    f"--resume={resume}"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not os.path.exists(out_dir / "log.jsonl") or len(open(out_dir / "log.jsonl").readlines()) <= before + 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 0
+    [first] = evaluations(out_dir)
+    bias, model = ScalarHead.load(str(out_dir)).bias, ScalarHead.load(str(out_dir / "best"))
+    assert first["step"] == 0 and bias == model.bias != 0 and len(losses(out_dir)) > 2
+
+
 def test_two_ranks_that_accumulate_equal_one_that_does_not(folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--max_steps=8", "--eval_pairs=9"]             # of the last round of evaluation one rank gets nothing
@@ -303,6 +321,7 @@ def test_adapters_and_the_score_layer_train_and_what_is_saved_is_merged(folder, 
     same = {name for name in after if name in before and torch.equal(after[name], before[name])}
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= same
     assert not any("proj" in name for name in same)
+    assert after["score.weight"].abs().mean() > 0.02        # it began with 0.008
     resumed = run(folder, out_dir, *flags, "--resume=true")
     assert resumed.returncode == 0, resumed.stderr
 
