@@ -63,7 +63,7 @@ vocab_size = 4096             # pieces of a tokenizer trained here; more makes t
 tokenizer_bytes = 20_000_000  # bytes of text that it is trained on; more takes longer and changes little
 # --- chats and pairs only ---
 max_examples = 0              # stop after so many rows; 0 takes everything
-unusable = "drop"             # rows with an empty reply, none, or equal ones: drop counts them, error stops
+unusable = "drop"             # rows with an empty reply or none: drop counts them, error stops
 malformed = "error"           # rows without the columns, types and roles of their format: drop counts them, error stops
 seed = 1337                   # of the tasks' questions and of what is sampled
 show = 0                      # print so many; of chats what is trained in colour ([[ ]] where there is no terminal)

@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -49,16 +50,14 @@ WRITE = "python data.py --kind=pairs"
 
 def filtered(stream, notes, seen, counts, min_margin, min_agreement, max_length_ratio, duplicates, unpair):
     """Yields those of (row, key, side) that pass, as thumbs if `unpair`; the others are counted in `notes` by reason.
-    `seen` holds hashes of what all sources gave; `counts` of rows says how many had a margin and an agreement."""
+    `seen` holds hashes of what all sources gave, `counts` how many rows had a margin and an agreement."""
     for row, key, side in stream:
         names = ("chosen", "rejected") if "chosen" in row else ("completion",)
-        texts = [row[name][0]["content"] for name in names]
+        answers = [row[name][0]["content"].strip() for name in names]
         margin, agreement = row.get("margin"), row.pop("agreement", None)
-        counts.update(rows=1, margin=margin is not None, agreement=agreement is not None)
-        sizes = sorted(map(len, texts))
-        asked = json.dumps(row["prompt"])
-        known = content_key("\0".join([asked, *sorted(texts)]).encode("utf-8", "surrogatepass"))
-        if len(texts) == 2 and texts[0].strip() == texts[1].strip():
+        counts.update(margin=margin is not None, agreement=agreement is not None)
+        sizes = sorted(map(len, answers))
+        if len(answers) == 2 and answers[0] == answers[1]:
             notes["equal answers"] += 1
         elif margin is not None and margin < min_margin:
             notes[f"margin below {min_margin:g}"] += 1
@@ -66,15 +65,20 @@ def filtered(stream, notes, seen, counts, min_margin, min_agreement, max_length_
             notes[f"agreement below {min_agreement:g}"] += 1
         elif max_length_ratio and sizes[-1] > max_length_ratio * sizes[0]:
             notes[f"one answer over {max_length_ratio:g} times as long as the other"] += 1
-        elif duplicates == "drop" and known in seen:
-            notes["duplicates"] += 1
         else:
-            seen.add(known)
-            for name in names if unpair and len(names) == 2 else ():
-                rest = {column: row[column] for column in row if column in ("task", "answer")}
-                yield dict(prompt=row["prompt"], completion=row[name], label=name == "chosen", **rest), key, side
-            if not unpair or len(names) == 1:
-                yield row, key, side
+            made = [row]
+            if unpair and len(names) == 2:
+                rest = {column: row[column] for column in ("task", "answer") if column in row}
+                made = [dict(prompt=row["prompt"], completion=row[name], label=name == "chosen", **rest)
+                        for name in names]
+            for new in made:
+                texts = sorted(new[name][0]["content"] for name in ("chosen", "rejected", "completion") if name in new)
+                known = content_key(json.dumps([new["prompt"], texts]).encode())
+                if duplicates == "drop" and known in seen:
+                    notes["duplicates"] += 1
+                    continue
+                seen.add(known)
+                yield new, key, side
 
 
 def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwrite=False, max_examples=0,
@@ -113,6 +117,9 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
         corpus = parse_chats(sources, PairSource, invalid_utf8=invalid_utf8, unusable=unusable, malformed=malformed,
                              keep=keep)
 
+    shorter = [re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(source.name)) for source in corpus]
+    named = shorter if len({*shorter}) == len(shorter) else [source.name for source in corpus]
+
     unfinished = os.path.join(out_dir, ".unfinished")
     notes, counts, seen = [Counter() for _ in corpus], Counter(), set()
     try:
@@ -129,22 +136,22 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
                     raise ValueError(f"{corpus[index].name} holds {kind} and {first[1]} holds {first[0]}, which no one "
                                      "stage trains on together; prepare two folders, or make two thumbs of each pair "
                                      "with --unpair=true")
-                raw.write(json.dumps({**row, "source": corpus[index].name}) + "\n")
+                raw.write(json.dumps({**row, "source": named[index]}) + "\n")
                 keys.append(key), sides.append(side), of.append(index)
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in sum(notes, Counter()).items() if count)
             if not keys:
-                raise ValueError(f"no row of {sources or from_model} can be used"
+                raise ValueError(f"no row of {from_model or sources} can be used"
                                  + (f": {left_out}" if left_out else "; there is none"))
             for name, least in (("margin", min_margin), ("agreement", min_agreement)):
                 if least > 0 and not counts[name]:
-                    raise ValueError(f"min_{name}={least:g} has nothing to look at: no row has a {name}")
+                    raise ValueError(f"min_{name}={least:g} has nothing to look at: there is no {name} in any row")
 
             # which rows are held out
             held = [side == "val" or side is None and key < val_fraction * 2 ** 64 for key, side in zip(keys, sides)]
             if not any(held):
                 held = [key == min(keys) for key in keys]
             if all(held):
-                raise ValueError(f"all {len(held):,} rows of {sources or from_model} are held out and none is left to "
+                raise ValueError(f"all {len(held):,} rows of {from_model or sources} are held out and none is left to "
                                  "train on; add some or lower --val_fraction")
             raw.seek(0)
             with contextlib.ExitStack() as stack:
@@ -155,11 +162,11 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
                 for file in files:
                     file.flush()
                     os.fsync(file.fileno())
-        said = {source.name: dict(train=sum(i == index and not h for i, h in zip(of, held)),
-                                  val=sum(i == index and h for i, h in zip(of, held)),
-                                  dropped={reason: count for reason, count in note.items() if count},
-                                  **({"measured": source.measured} if from_model else {}))
-                for index, (source, note) in enumerate(zip(corpus, notes))}
+        said = {source: dict(train=sum(i == index and not h for i, h in zip(of, held)),
+                             val=sum(i == index and h for i, h in zip(of, held)),
+                             dropped={reason: count for reason, count in note.items() if count},
+                             **({"measured": corpus[index].measured} if from_model else {}))
+                for index, (source, note) in enumerate(zip(named, notes))}
         with open(os.path.join(unfinished, "about.json"), "w", encoding="utf-8") as file:
             json.dump(dict(kind=first[0], options=options, sources=said), file, indent=2)
         publish(unfinished, out_dir, last="train.jsonl")
@@ -248,7 +255,8 @@ def fault(row, answers):
     if "completion" in answers and not isinstance(row.get("label"), bool):
         return f"has label={row.get('label')!r:.40}, not true or false"
     margin = row.get("margin")
-    if not isinstance(margin, (int, float, type(None))) or isinstance(margin, bool) or margin and abs(margin) > 1e30:
+    if not isinstance(margin, (int, float, type(None))) or isinstance(margin, bool) or not math.isfinite(
+            margin or 0):
         return f"has margin={margin!r:.40}, not a number"
 
 
