@@ -259,6 +259,7 @@ def main(config):
     guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dropped = "".join(f", {count:,} {reason} dropped" for reason, count in batches.pairs.dropped.items())
+    dropped += "".join(f", {count:,} with {what} cut" for what, count in batches.pairs.cut.items())
     run.print(f"{trained / 1e6:.2f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters trained, "
               f"{held}{dropped}, {last_step} steps in all; the longer answer is the chosen one in {longer_P.mean():.1%}"
               f" of {len(longer_P):,} held-out pairs")
