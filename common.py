@@ -19,7 +19,8 @@ import time
 import torch
 import torch.distributed as dist
 
-MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "compile", "report_to", "curves")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "compile", "report_to",
+                        "curves")
 
 NOT_SHOWN = ("epoch", "num_tokens", "mfu")          # on the console; log.jsonl has everything
 
