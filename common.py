@@ -19,8 +19,8 @@ import time
 import torch
 import torch.distributed as dist
 
-MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "compile", "report_to",
-                        "curves")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "micro_questions",
+                        "compile", "report_to", "curves")
 
 NOT_SHOWN = ("epoch", "num_tokens", "mfu")          # on the console; log.jsonl has everything
 
@@ -271,6 +271,14 @@ class Run:
             value = value.to(self.device if self.device.type == "cuda" else "cpu")
             dist.all_reduce(value)
         return value.cpu()
+
+    def gather(self, items):
+        """The ranks' lists as one, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return items
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, items)
+        return [item for each in lists for item in each]
 
     def barrier(self):
         if self.world_size > 1:
