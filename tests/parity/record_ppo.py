@@ -12,12 +12,13 @@ import json
 import os
 import sys
 import types
+from unittest import mock
 
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FILE = os.path.join(HERE, "ppo_reference.json")
-LENGTHS = [8, 3, 5, 1, 8, 7]        # tokens of the answers; all but the first end with the end token
+LENGTHS = [8, 3, 5, 1, 8, 7, 2, 4, 6, 8, 1, 3, 5, 7, 2, 6]      # tokens of answers; all but the first end with <eos>
 
 
 def plain(values):
@@ -49,12 +50,12 @@ def trl_1_12(folder, estimator, whiten_rewards):
     policy, reference = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
     value_model, reward_model = LlamaForSequenceClassification(shape), LlamaForSequenceClassification(shape)
     config = PPOConfig(output_dir=folder, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False,
-                       save_strategy="no", disable_tqdm=True, per_device_train_batch_size=3,
-                       gradient_accumulation_steps=1, num_mini_batches=2, num_ppo_epochs=2, total_episodes=6,
+                       save_strategy="no", disable_tqdm=True, per_device_train_batch_size=8,
+                       gradient_accumulation_steps=2, num_mini_batches=2, num_ppo_epochs=2, total_episodes=16,
                        response_length=8, stop_token="eos", missing_eos_penalty=1.0, kl_coef=0.3, gamma=0.9, lam=0.8,
                        kl_estimator=estimator, whiten_rewards=whiten_rewards, cliprange=0.1, cliprange_value=0.1,
                        learning_rate=0.02, num_sample_generations=0)
-    data = Dataset.from_dict({"input_ids": torch.randint(2, 24, (6, 4)).tolist()})
+    data = Dataset.from_dict({"input_ids": torch.randint(2, 24, (16, 4)).tolist()})
     trainer = PPOTrainer(config, tokenizer, policy, reference, reward_model, data, value_model)
     generate, whiten, backward = ppo_trainer.batch_generation, ppo_trainer.masked_whiten, trainer.accelerator.backward
     record = dict(estimator=estimator, whiten_rewards=whiten_rewards, kl_coef=0.3, gamma=0.9, lam=0.8, clip_range=0.1,
@@ -98,14 +99,13 @@ def trl_1_12(folder, estimator, whiten_rewards):
 
 def trl_0_11():
     """What the methods of trl 0.11's trainer, which puts the score on the last token, make of random numbers."""
-    sys.modules.setdefault("tyro", types.ModuleType("tyro"))
-    sys.modules["tyro"].conf = types.SimpleNamespace(SubcommandName=str)
+    sys.modules.setdefault("tyro", mock.MagicMock())        # of its command line alone
     from trl.trainer.ppo_trainer import PPOTrainer
     torch.manual_seed(0)
     logp, new_logp, ref = (-torch.rand(6, 8) * 3 for _ in range(3))
     new_logp = logp + 0.3 * torch.randn(6, 8)
     values, new_values, scores = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6)
-    mask = (torch.arange(8) < torch.tensor(LENGTHS)[:, None]).float()
+    mask = (torch.arange(8) < torch.tensor(LENGTHS[:6])[:, None]).float()
     options = dict(gamma=0.9, lam=0.8, clip_range=0.2, value_clip=0.2, kl_coef=0.3)
     trainer = types.SimpleNamespace(
         config=types.SimpleNamespace(kl_penalty="kl", gamma=0.9, lam=0.8, whiten_rewards=False, cliprange=0.2,
@@ -118,7 +118,7 @@ def trl_0_11():
                                                  new_logp, mask, advantages, returns)
     found = dict(logp=logp, new_logp=new_logp, ref=ref, values=values, new_values=new_values, scores=scores, kl=kl,
                  rewards=rewards, advantages=advantages, returns=returns, policy_loss=policy_loss,
-                 value_loss=value_loss, lengths=LENGTHS)
+                 value_loss=value_loss, lengths=LENGTHS[:6])
     return plain(options | found)
 
 
@@ -138,7 +138,7 @@ def main():
     else:
         raise SystemExit(f"record_ppo.py: found trl {trl.__version__} and reads 1.12.0 and 0.11.4; set PYTHONPATH")
     with open(FILE, "w", encoding="utf-8") as f:
-        rounded = json.loads(json.dumps(parts), parse_float=lambda x: float(f"{float(x):.8g}"))
+        rounded = json.loads(json.dumps(parts), parse_float=lambda x: float(f"{float(x):.7g}"))
         f.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(rounded[name])}" for name in sorted(rounded)) + "}\n")
 
 
