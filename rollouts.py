@@ -259,6 +259,14 @@ class Rollout:
                             device=self.device)
 
 
+def joined(rollouts):
+    """One Rollout of several, in their order."""
+    first = rollouts[0]
+    asked, samples, texts = (list(itertools.chain(*(getattr(r, name) for r in rollouts)))
+                             for name in ("asked", "samples", "texts"))
+    return Rollout(asked, samples, texts, first.n, first.device)
+
+
 def sample(model, asked, n, tokenizer, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, max_batch=64):
     """A Rollout of n answers to each question, each prompt computed once. With top_k or top_p the log-probabilities are
     renormalised over what is kept; a trainer that does not do the same sees their ratios fall below 1."""
@@ -352,7 +360,7 @@ class Rewards:
         from tokenizer import Tokenizer
         score = judge.load_reward(directory, device, dtype)
         if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
-            self.note = f"the reward model in {directory} has another tokenizer and reads the answers' text with its own"
+            self.note = f"the reward model in {directory} has another tokenizer and reads answers as text with its own"
 
         def function(rollout):
             each = [asked for asked in rollout.asked for _ in range(rollout.n)]
@@ -407,7 +415,7 @@ class WrongLength(ValueError):
 
 
 def evaluate(model, tokenizer, dev, rewards, run, k=0, temperature=1.0, max_new_tokens=256, max_batch=64, seed=0):
-    """{"eval_accuracy/TASK", "eval_format/TASK", "eval_reward"} of greedy answers to questions `dev` {task: [Asked]} and,
+    """{"eval_accuracy/TASK", "eval_format/TASK", "eval_reward"} of greedy answers to questions {task: [Asked]} and,
     for k > 0, "eval_pass@k/TASK": how often one of k samples is right. Every rank answers its share; the figures
     are those of all. Also returns the greedy Rollouts with their rewards, [(rollout, total_A, parts)], of this rank."""
     metrics, answered, reward = {}, [], torch.zeros(2, dtype=torch.float64)
