@@ -218,8 +218,8 @@ def say(now, measured, scores_A, run):
     now["equal"] = 0 if scores_A.std(correction=0) > 0 else now["equal"] + 1
     if now["equal"] == EQUAL_ROLLOUTS:
         run.print(f"all {len(scores_A)} scores were {scores_A[0]:.3g} in each of {now['equal']} rollouts and teach "
-                  "nothing; take easier tasks, a reward that grades (format=0.1 beside verifier), a higher temperature, "
-                  "or more questions")
+                  "nothing; take easier tasks, a reward that grades (format=0.1 beside verifier), a higher "
+                  "temperature or more questions")
 
 
 def check_critic(critic, tokenizer, config):
@@ -301,7 +301,7 @@ def main(config):
 
     # questions and rewards
     questions, dev = (rollouts.Questions(tasks, split, seed, tokenizer, task_path, actor.config.context, max_new_tokens,
-                                         n_questions) for split in ("train", "dev"))
+                                         count) for split, count in (("train", n_questions), ("dev", eval_questions)))
     questions(0, questions_per_rollout)                     # says now that there are too few
     reward = rollouts.Rewards(rewards, tokenizer, run.device, run.dtype)
     if reward.note:
@@ -313,7 +313,7 @@ def main(config):
     updates = optim.Optimizers(*(optimizer for each in built for optimizer in each.optimizers))
     run.resume(actor, updates)
     now = run.extra = dict(rollout=None, rollouts=0, update=0, kl_coef=kl_coef, episode=0, num_tokens=0, equal=0,
-                           entropy=None, collapsed=False) | run.extra
+                           entropy=None, collapsed=False, best=(-1.0, 0.0)) | run.extra
     if "critic" in now:
         critic.load_state_dict(now["critic"])
     guard = common.SpikeGuard(math.inf, spike_patience, **now.get("guard", {}))
@@ -333,9 +333,9 @@ def main(config):
             if now.get("evaluated") != step:                # a finished run that is resumed says it once
                 run.log(step, done, **metrics)
             accuracies = [value for name, value in metrics.items() if name.startswith("eval_accuracy/")]
-            score = sum(accuracies) / len(accuracies) if accuracies else metrics["eval_reward"]
-            best = score > now.get("best_score", -math.inf)
-            now.update(guard=guard.state(), evaluated=step, best_score=max(score, now.get("best_score", -math.inf)))
+            score = sum(accuracies), metrics["eval_reward"]
+            best = score > now["best"]
+            now.update(guard=guard.state(), evaluated=step, best=max(score, now["best"]))
             save(run, actor, critic, updates, step, tokenizer, best)
             if run.is_main and method == "lora":
                 lora.save(actor, run.path("adapter"), base=init_from)

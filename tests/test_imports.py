@@ -16,7 +16,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "judge": {"model", "packing", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
          "likelihood": {"kernels"}, "packing": {"kernels"},
          "pairs": {"chats", "packing", "sources"},
-         "rollouts": {"common", "engine", "judge", "model", "packing", "results", "tasks", "tokenizer"},
+         "rollouts": {"engine", "formats", "judge", "packing", "tasks", "tokenizer"},
          "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
