@@ -192,17 +192,14 @@ def observe(drawn, actor, reference, critic):
     return [{name: x_AL[a, :n] for name, x_AL in columns.items()} for a, n in enumerate(packed.lengths.tolist())]
 
 
-def describe(padded, scores_A, finished_A, kl_AL, returns_AL, mask_AL, kl_coef):
-    """A rollout in numbers, by trl's names: sums over an answer's tokens, means over answers."""
+def describe(padded, scores_A, finished_A, returns_AL, mask_AL):
+    """A rollout in numbers, by trl's names where it has them."""
     gap = (padded["logp"] - padded["sampler"])[mask_AL].abs()
-    kl, lengths_A = kl_AL.sum(1).mean().item(), mask_AL.sum(1).double()
     return {"objective/scores": scores_A.mean().item(), "objective/scores_std": scores_A.std(correction=0).item(),
-            "objective/kl": kl, "objective/non_score_reward": -kl_coef * kl,
-            "objective/rlhf_reward": scores_A.mean().item() - kl_coef * kl,
             "objective/entropy": padded["entropy"].sum(1).mean().item(),
-            "val/num_eos_tokens": int(finished_A.sum()), "completions/mean_length": lengths_A.mean().item(),
-            "completions/clipped_ratio": 1 - finished_A.double().mean().item(),
             "explained_variance": explained_variance(padded["values"], returns_AL, mask_AL),
+            "val/num_eos_tokens": int(finished_A.sum()), "completions/mean_length": mask_AL.sum().item() / len(mask_AL),
+            "completions/clipped_ratio": 1 - finished_A.double().mean().item(),
             "sampling/sampling_logp_difference/mean": gap.mean().item(),
             "sampling/sampling_logp_difference/max": gap.max().item()}
 
@@ -385,19 +382,25 @@ def main(config):
                                   advantages=whiten(advantages_AL, mask_AL) if whiten_advantages else advantages_AL)
 
             # what is worth knowing of it
-            measured = describe(padded, scores_A, finished_A, kl_AL, returns_AL, mask_AL, now["kl_coef"])
-            measured |= {f"rewards/{name}": sum(a["parts"][name] for a in answers) / len(answers) for name in parts}
+            measured = describe(padded, scores_A, finished_A, returns_AL, mask_AL)
+            for name in parts:
+                measured[f"rewards/{name}/mean"] = sum(answer["parts"][name] for answer in answers) / len(answers)
+            measured["rewards/failed"] = int(run.total(sum(reward.failed.values())))
+            if kl_coef:
+                kl = kl_AL.sum(1).mean().item()             # of an answer
+                measured |= {"objective/kl": kl, "objective/non_score_reward": -now["kl_coef"] * kl,
+                             "objective/rlhf_reward": measured["objective/scores"] - now["kl_coef"] * kl,
+                             "kl_coef": now["kl_coef"]}
+            if kl_target:
+                now["kl_coef"] = adapt_kl_coef(now["kl_coef"], kl, kl_target, len(answers), kl_horizon)
             now["episode"] += len(answers)
             now["num_tokens"] += int(lengths_A.sum())
-            if kl_target:
-                now["kl_coef"] = adapt_kl_coef(now["kl_coef"], measured["objective/kl"], kl_target, len(answers),
-                                               kl_horizon)
             say(now, measured, scores_A, run)
-            measured |= {"seconds/rollout": run.clock() - begin,
-                         "tokens_per_second/rollout": int(lengths_A.sum()) / (run.clock() - begin)}
+            seconds = run.clock() - begin
+            measured |= {"seconds/rollout": seconds, "tokens_per_second/rollout": int(lengths_A.sum()) / seconds}
 
         # gradients: one denominator for the whole step, all micro-batches and ranks
-        begin_update, rollout = run.clock(), now["rollout"]
+        begin, rollout = run.clock(), now["rollout"]
         chosen = minibatch(seed, now["rollouts"], now["update"], questions_per_rollout, minibatches)
         tokens_in_step = rollout["mask"].view(questions_per_rollout, -1)[chosen].sum().item()
         sums = torch.zeros(8, dtype=torch.float64)
@@ -434,15 +437,14 @@ def main(config):
             now.update(rollout=None, rollouts=now["rollouts"] + 1, update=0)
 
         # log the whole step
+        seconds = run.clock() - begin
         run.log(step, done, **measured, **{
             "loss/policy_avg": policy, "loss/value_avg": value, "policy/approxkl_avg": approxkl,
             "policy/clipfrac_avg": policy_clipped, "policy/entropy_avg": entropy, "val/clipfrac_avg": value_clipped,
             "val/ratio": ratio, "val/ratio_var": max(0.0, ratio_square - ratio ** 2), "stopped_early": int(left),
-            "grad_norm": norms[0], "grad_norm/critic": norms[1], "lr": lr * scale, "kl_coef": now["kl_coef"],
-            "episode": now["episode"], "num_tokens": now["num_tokens"], "eps": now["episode"] / run.clock(),
-            "seconds/update": run.clock() - begin_update,
-            "tokens_per_second/update": tokens_in_step / (run.clock() - begin_update),
-            "skipped_updates": guard.skipped})
+            "grad_norm": norms[0], "grad_norm/critic": norms[1], "lr": lr * scale, "episode": now["episode"],
+            "num_tokens": now["num_tokens"], "eps": now["episode"] / run.clock(), "seconds/update": seconds,
+            "tokens_per_second/update": tokens_in_step / seconds, "skipped_updates": guard.skipped})
 
     run.finish()
     if done < 1:

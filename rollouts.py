@@ -137,7 +137,7 @@ class Questions:
         if self.too_long == "error":
             raise ValueError(f"a prompt is {len(ids)} tokens long, but the context less max_new_tokens="
                              f"{self.max_new_tokens} leaves {self.room}; lower max_new_tokens, or leave such prompts "
-                             f"out with too_long=drop; it begins {messages[-1]['content']:.40!r}")
+                             f"out with too_long=drop; it begins {messages[-1]['content']!r:.40}")
         self.dropped += 1
 
     def __call__(self, step, n, round=0):

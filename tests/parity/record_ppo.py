@@ -139,7 +139,8 @@ def main():
         raise SystemExit(f"record_ppo.py: found trl {trl.__version__} and reads 1.12.0 and 0.11.4; set PYTHONPATH")
     with open(FILE, "w", encoding="utf-8") as f:
         rounded = json.loads(json.dumps(parts), parse_float=lambda x: float(f"{float(x):.7g}"))
-        f.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(rounded[name])}" for name in sorted(rounded)) + "}\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(rounded[name])}" for name in sorted(rounded)]
+        f.write("{" + ",\n".join(lines) + "}\n")
 
 
 if __name__ == "__main__":
