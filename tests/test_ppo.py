@@ -118,7 +118,7 @@ def test_whitening_removes_the_mean_and_leaves_variance_one_on_the_mask():
 
 @pytest.mark.parametrize("mask", [MASK, MASK & (torch.arange(20).view(4, 5) == 0)])
 def test_equal_advantages_and_a_single_one_become_zero(mask):
-    assert not ppo.whiten(torch.full((4, 5), 0.7), mask).any()
+    assert ppo.whiten(torch.full((4, 5), 0.7), mask).abs().max() < 1e-3
 
 
 def test_the_coefficient_moves_towards_the_target_by_a_fifth_at_most():
@@ -184,7 +184,7 @@ def test_a_collapse_and_scores_without_difference_are_said_once():
 
 DIGITS = """
 def digits(prompts, completions, answers, tasks):
-    return [min(10, sum(c.isdigit() for c in text)) / 10 for text in completions]
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 """
 TINY = ["--device=cpu", "--dtype=fp32", "--max_new_tokens=10", "--questions_per_rollout=8", "--minibatches=2",
         "--epochs=2", "--n_questions=40", "--eval_every=6", "--eval_questions=6", "--samples=1", "--lr=0.003",
@@ -256,11 +256,13 @@ def whole(folder, tmp_path_factory):
 
 
 def test_a_reward_that_is_easily_had_rises(folder, tmp_path):
-    result = run(folder, tmp_path / "out", "--max_steps=48", "--questions_per_rollout=32", "--eval_every=48",
+    result = run(folder, tmp_path / "out", "--max_steps=40", "--questions_per_rollout=64", "--minibatches=1",
+                 "--epochs=4", "--lr=0.02", "--max_new_tokens=3", "--kl_coef=0", "--eval_every=40", "--n_questions=0",
                  "--curves=true")
     assert result.returncode == 0, result.stderr
     scores = list(column(tmp_path / "out", "objective/scores").values())
-    assert len(scores) == 12 and sum(scores[-2:]) / 2 > 2 * sum(scores[:2]) / 2 + 0.02, scores
+    assert len(scores) == 10 and scores[0] < 0.1 and scores[-1] > 0.35, scores
+    assert not column(tmp_path / "out", "objective/kl")         # without a penalty no reference is there to measure it
     assert (tmp_path / "out" / "curves.png").exists()
 
 
@@ -277,7 +279,7 @@ def test_it_leaves_a_chat_model_a_critic_and_a_log_by_trls_names(whole):
     first = records[1]
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and first["policy/approxkl_avg"] < 1e-10
     assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and first["grad_norm"] > 1e-3
-    assert first["sampling/sampling_logp_difference/max"] < 1e-4
+    assert first["sampling/sampling_logp_difference/max"] < 4e-3            # ln(384 / 383): the pad is never sampled
     _, _, chat, trained = engine.load(str(out_dir), device="cpu")
     assert chat and trained
     for path in (out_dir / "critic", out_dir / "best" / "critic"):
@@ -357,10 +359,8 @@ def test_adapters_off_are_the_reference_and_what_is_saved_is_merged(folder, tmp_
             assert record["objective/scores"] == pytest.approx(-2 * record["completions/clipped_ratio"])
 
 
-def test_without_a_penalty_there_is_no_reference_and_with_a_target_its_coefficient_moves(folder, tmp_path):
-    none, target = tmp_path / "none", tmp_path / "target"
-    assert run(folder, none, "--kl_coef=0", "--max_steps=2", "--eval_every=2").returncode == 0
-    assert not column(none, "objective/kl") and column(none, "objective/scores")
+def test_with_a_target_the_coefficient_moves_and_a_reward_model_scores(folder, tmp_path):
+    target = tmp_path / "target"
     flags = ["--kl_target=100", "--kl_horizon=8", f"--rewards=reward_model:{folder}/reward", "--schedule=cosine"]
     result = run(folder, target, *flags)
     assert result.returncode == 0, result.stderr
@@ -370,6 +370,7 @@ def test_without_a_penalty_there_is_no_reference_and_with_a_target_its_coefficie
 def test_log_probabilities_and_values_stand_where_each_token_is_predicted(folder, monkeypatch):
     actor, critic = GPT.load(str(folder / "base")), ScalarHead.load(str(folder / "reward"))
     tokenizer = Tokenizer.load(str(folder / "base"))
+    actor.config.pad_id = None                                  # then the sampler leaves no token out
     monkeypatch.setattr(ppo, "temperature", 0.7)
     asked = rollouts.Questions("sorting", "train", 1, tokenizer, context=128, max_new_tokens=9)(0, 3)
     drawn = rollouts.sample(actor, asked, 2, tokenizer, 9, 0.7, seed=3)
@@ -389,7 +390,8 @@ def test_log_probabilities_and_values_stand_where_each_token_is_predicted(folder
     (["--rewards=nothing"], "there is no reward 'nothing'"), (["--tasks=sortin"], "there is no task 'sortin'"),
     (["--critic_from=FOLDER/other"], "reads 512 ids"), (["--critic_from=FOLDER/short"], "reads 64 tokens"),
     (["--critic_from=nowhere"], "'nowhere' is not a model directory"), (["--temperature=0"], "must be at"),
-    (["--rewards=reward_model:FOLDER/base"], "reward model is wanted"), (["--init_from=FOLDER/reward"], "language model")])
+    (["--init_from=FOLDER/reward"], "language model is wanted"),
+    (["--rewards=reward_model:FOLDER/base"], "reward model is wanted")])
 def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
     result = run(folder, tmp_path / "bad", *(flag.replace("FOLDER", str(folder)) for flag in flags))
     assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
