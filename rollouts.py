@@ -30,7 +30,7 @@ PATIENCE = 3                # calls in a row in which a reward function may fail
 
 
 def step_seed(*numbers):
-    """A 64-bit seed of numbers such as (seed, step, round)."""
+    """A 64-bit seed of numbers such as (seed, step, attempt)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -140,17 +140,17 @@ class Questions:
                              f"out with too_long=drop; it begins {messages[-1]['content']:.40!r}")
         self.dropped += 1
 
-    def __call__(self, step, n, round=0):
-        """round: of questions asked once more within a step (dynamic sampling); its own ones."""
-        generator = np.random.default_rng((self.seed, step, round))
-        counts = self.counts(step, n, round)
-        if not self.by_difficulty and not round:
+    def __call__(self, step, n, attempt=0):
+        """attempt: from 1 on, other questions for the same step (dynamic sampling)."""
+        generator = np.random.default_rng((self.seed, step, attempt))
+        counts = self.counts(step, n, attempt)
+        if not self.by_difficulty and not attempt:
             places = self.places(step, n)
         asked = []
         for i, (name, count) in enumerate(zip(self.names, counts)):
             found = self.sets[name]
             if found is None:
-                asked += self.fresh(name, count, step_seed(self.seed, step, round, i))
+                asked += self.fresh(name, count, step_seed(self.seed, step, attempt, i))
                 continue
             if count > len(found):
                 raise ValueError(f"{name} has {len(found)} questions, fewer than the {count} of one step; ask fewer a "
@@ -159,7 +159,7 @@ class Questions:
                 rates = np.array([self.rates.get(a.question.key, 0.5) for a in found])
                 weights = np.maximum(SELDOM, 4 * rates * (1 - rates))
                 chosen = generator.choice(len(found), count, replace=False, p=weights / weights.sum())
-            elif round:
+            elif attempt:
                 chosen = generator.choice(len(found), count, replace=False)
             else:
                 epoch, at = places[i]
@@ -167,9 +167,9 @@ class Questions:
             asked += [found[j] for j in chosen]
         return [asked[j] for j in generator.permutation(len(asked))]        # ranks and micro-batches get a mixture
 
-    def counts(self, step, n, round=0):
+    def counts(self, step, n, attempt=0):
         """How many of a step's n questions each task has: its share of n, rounded up or down by a random offset."""
-        points = (np.random.default_rng((self.seed, step, round, 1)).random() + np.arange(n)) / n
+        points = (np.random.default_rng((self.seed, step, attempt, 1)).random() + np.arange(n)) / n
         return np.bincount(np.searchsorted(self.share[:-1], points, side="right"), minlength=len(self.share)).tolist()
 
     def places(self, step, n):
@@ -244,12 +244,12 @@ class Rollout:
     @property
     def lengths(self):
         """(A,) tokens of each answer, with the one that ended it."""
-        return torch.tensor([len(sample.tokens) for sample in self.samples], device=self.device)
+        return torch.tensor([len(sample.tokens) for sample in self.samples], dtype=torch.long, device=self.device)
 
     @property
     def finished(self):
         """(A,) bool: which answers ended by themselves, also at the last token they were allowed."""
-        return torch.tensor([sample.finish == "stop" for sample in self.samples], device=self.device)
+        return torch.tensor([s.finish == "stop" for s in self.samples], dtype=torch.bool, device=self.device)
 
     @property
     def sampler_logp(self):
