@@ -19,7 +19,8 @@ import time
 import torch
 import torch.distributed as dist
 
-MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "compile", "report_to", "curves")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "compile", "report_to",
+                        "curves")
 
 NOT_SHOWN = ("epoch", "num_tokens", "mfu", "completions/m", "clip_ratio/", "sampling/", "rollout_seconds",
              "update_seconds", "step_time")         # beginnings of names; log.jsonl has everything

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from model import ScalarHead
+from packing import pack
 from results import mean_stderr
 from tasks import read_rows
 from tokenizer import Tokenizer
@@ -44,6 +45,7 @@ PAIR = """<conversation>
 {second}
 </answer_B>"""
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
+TOKENS_PER_PASS = 8192              # of a reward model: as many as fill a machine without filling its memory
 REFUSED = (401, 403, 404, 405)      # HTTP: a wrong key or address, which no retry mends
 
 
@@ -162,32 +164,71 @@ def endpoint(url, model, key_env="", timeout=120.0, retries=4, backoff=1.0, max_
     return ask
 
 
-def reward_model(directory, device="cpu", dtype=torch.float32):
-    """A judge that prefers the answer with the larger reward; equal ones tie. The reward is the scalar head's at the
-    answer's last token. No verdict where a conversation does not fit the context or a reward is not a number."""
+def load_reward(directory, device="cpu", dtype=torch.float32):
+    """A function score(conversations) -> (n,) fp32 rewards of message lists that end with the assistant's turn, from a
+    reward model's directory (reward.py).
+
+    A reward is the scalar head's at the answer's last token, its <|im_end|>, plus the directory's score_bias, with
+    which reference answers have mean zero. It does not depend on what else is scored. NaN, with a reason in
+    score.failures, where a conversation does not fit the context. ValueError for what is no such conversation.
+    """
     head, tokenizer = ScalarHead.load(directory).to(device), Tokenizer.load(directory)
     head.model.dtype = dtype
     if tokenizer.chat_end_id is None:
         raise ValueError(f"the tokenizer in {directory} has no <|im_end|>, so that it cannot write chats")
 
-    @functools.lru_cache(maxsize=256)           # both orders need the same rewards
-    def reward(ids):
-        with torch.no_grad():
-            return head(torch.tensor([ids], device=device))[0, -1].item()
+    @torch.no_grad()
+    def score(conversations):
+        rewards, batch, fitting, size = torch.full((len(conversations),), math.nan), {}, [], 0
+
+        def finish():                                       # batch: {prompt ids: [(place, answer ids)]}
+            packed = pack([(list(prompt), [ids for _, ids in answers]) for prompt, answers in batch.items()], device)
+            places = [place for answers in batch.values() for place, _ in answers]
+            rewards[places] = head(packed.ids, **packed.layout)[0, packed.last].cpu() + head.bias
+            batch.clear()
+
+        for place, conversation in enumerate(conversations):
+            ids, mask = tokenizer.encode_chat(conversation)
+            if conversation[-1]["role"] != "assistant":
+                raise ValueError("a reward is of a conversation that ends with the assistant's turn, got one that ends "
+                                 f"with {str(conversation[-1])[:80]}")
+            end = len(mask) - mask[::-1].index(1)           # after <|im_end|>
+            begin = end - mask[:end][::-1].index(0)         # of the answer
+            if end > head.config.context:
+                score.failures.append(f"longer than the context of {head.config.context} tokens")
+                continue
+            fitting.append(place)
+            batch.setdefault(tuple(ids[:begin]), []).append((place, ids[begin:end]))
+            size += end
+            if size >= TOKENS_PER_PASS:
+                finish()
+                size = 0
+        if batch:
+            finish()
+        odd = int((~rewards[fitting].isfinite()).sum())
+        score.failures += ["a reward that is not a number"] * odd
+        return rewards
+
+    score.failures = []
+    return score
+
+
+def reward_model(directory, device="cpu", dtype=torch.float32):
+    """A judge that prefers the answer with the larger reward (load_reward); equal ones tie. No verdict where a
+    conversation does not fit the context or a reward is not a number."""
+    score = load_reward(directory, device, dtype)
+
+    @functools.lru_cache(maxsize=256)                       # both orders need the same rewards
+    def rewards(conversation, answers):
+        turns = json.loads(conversation)
+        return dict(zip(answers, score([[*turns, {"role": "assistant", "content": a}] for a in answers]).tolist()))
 
     def ask(conversation, answer_1, answer_2):
-        rewards = []
-        for answer in (answer_1, answer_2):
-            ids, mask = tokenizer.encode_chat([*conversation, {"role": "assistant", "content": answer}])
-            ids = tuple(ids)[:len(mask) - list(mask)[::-1].index(1)]
-            if len(ids) > head.config.context:
-                ask.failures.append(f"longer than the context of {head.config.context} tokens")
-                return None
-            rewards.append(reward(ids))
-        if not all(map(math.isfinite, rewards)):
-            ask.failures.append("a reward that is not a number")
+        of = rewards(json.dumps(conversation), tuple(sorted({answer_1, answer_2})))
+        first, second = of[answer_1], of[answer_2]
+        if not math.isfinite(first + second):
             return None
-        return "1" if rewards[0] > rewards[1] else "2" if rewards[1] > rewards[0] else "tie"
+        return "1" if first > second else "2" if second > first else "tie"
 
-    ask.failures = []
+    ask.failures = score.failures
     return ask

@@ -312,7 +312,7 @@ class GPT(nn.Module):
     def load(cls, path):
         """The model in a directory in the Hugging Face layout (ours, or any local Llama or Qwen3; "hub:ORG/NAME"
         fetches one), as fp32 on the CPU. ValueError on missing, unknown or non-finite weights or other shapes."""
-        config, weights, path = read_model(path)
+        config, weights, path = read_model(path, "CausalLM")
         with torch.device("meta"):
             model = cls(config)
         if config.tied:
@@ -327,32 +327,53 @@ class GPT(nn.Module):
 
 class ScalarHead(nn.Module):
     """One number per token from the same Transformer: a reward or a value. Hugging Face's ...ForSequenceClassification
-    with one label, which reads the number at the last token."""
+    with one label, which reads the number at the last token.
+
+    bias: what a reward adds to that number (judge.load_reward), kept in config.json as score_bias: transformers' score
+    layer has none, and forward adds none."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.bias = config, 0.0
         self.model = Backbone(config)
         self.score = Linear(config.n_embd, 1)
 
     def forward(self, ids, cu_seqlens=None, **layout):
-        """(B, T) fp32; layout as in GPT.forward_hidden."""
-        return self.score(self.model(ids, cu_seqlens, **layout)).squeeze(-1).float()
+        """(B, T), computed in fp32 from the hidden states on: near scores are to be told apart; layout as in
+        GPT.forward_hidden."""
+        return self.score(self.model(ids, cu_seqlens, **layout).float()).squeeze(-1)
 
     def save(self, directory):
         """Writes model.safetensors (fp32) and config.json, each atomically."""
         config = self.config.to_hf()
         kind = config["architectures"][0].replace("CausalLM", "SequenceClassification")
-        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "score_bias": self.bias}
         write_model(directory, merged_weights(self), {**config, "architectures": [kind], **labels})
 
     @classmethod
     def load(cls, path):
         """The head in a directory of a ...ForSequenceClassification with one label; fails as GPT.load does."""
-        config, weights, path = read_model(path)
+        config, weights, path = read_model(path, "SequenceClassification")
         with torch.device("meta"):
             model = cls(config)
+        model.bias = read_json(os.path.join(path, "config.json")).get("score_bias", 0.0)
+        if not isinstance(model.bias, (int, float)) or not math.isfinite(model.bias):
+            raise ValueError(f"{path}/config.json has score_bias={model.bias!r}, which is not a finite number")
         return fill(model, weights, path)
+
+    @classmethod
+    def begin(cls, path):
+        """The head to train from a directory: a reward model's own, or a language model's Transformer with a new score
+        layer, small enough that every score begins near zero."""
+        path = fetch(path)
+        if "SequenceClassification" in architecture(read_json(os.path.join(path, "config.json"))):
+            return cls.load(path)
+        base = GPT.load(path)
+        with torch.device("meta"):
+            model = cls(base.config)
+        model.model, model.score = base.model, Linear(base.config.n_embd, 1)
+        nn.init.normal_(model.score.weight, std=0.01)
+        return model
 
 
 def merged_weights(model):
@@ -371,12 +392,27 @@ def write_model(directory, weights, config, generation=None):
     common.write_atomic(os.path.join(directory, "model.safetensors"), save(weights, metadata={"format": "pt"}))
 
 
-def read_model(path):
-    """(Config, {name: tensor}, local path) of a model directory."""
+OTHER_KIND = {"CausalLM": "a reward model ({}) where a language model is wanted; give a directory that pretrain.py, "
+                          "sft.py, dpo.py, ppo.py or grpo.py wrote",
+              "SequenceClassification": "a language model ({}) where a reward model is wanted; make one of it with "
+                                        "python reward.py --init_from={}"}
+
+
+def read_model(path, kind):
+    """(Config, {name: tensor}, local path) of a model directory; ValueError if its config.json names another kind of
+    head than `kind`, CausalLM or SequenceClassification."""
     path = fetch(path)
-    generation = os.path.join(path, "generation_config.json")
+    hf, generation = read_json(os.path.join(path, "config.json")), os.path.join(path, "generation_config.json")
+    if any(other in architecture(hf) for other in OTHER_KIND if other != kind):
+        raise ValueError(f"{path} holds " + OTHER_KIND[kind].format(architecture(hf), path))
     generation = read_json(generation) if os.path.exists(generation) else None
-    return Config.from_hf(read_json(os.path.join(path, "config.json")), path, generation), read_weights(path), path
+    return Config.from_hf(hf, path, generation), read_weights(path), path
+
+
+def architecture(hf):
+    """The class that a config.json names, such as Qwen3ForCausalLM; empty if it names none."""
+    named = hf.get("architectures") if isinstance(hf, dict) else None
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def fill(model, weights, path):

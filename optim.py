@@ -26,7 +26,7 @@ def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, moment
     taken = {id(p) for p in embedding + adapters + matrices}
     head = [p for name, p in named if p.dim() == 2 and id(p) not in taken]
     norms = [p for name, p in named if p.dim() < 2]
-    tied = any(p is model.lm_head.weight for p in embedding)        # then it learns as the head does
+    tied = hasattr(model, "lm_head") and any(p is model.lm_head.weight for p in embedding)     # learns as the head does
     groups = [dict(params=embedding, lr=lr if tied else embed_lr or lr, weight_decay=0.0),
               dict(params=head, lr=lr, weight_decay=weight_decay),
               dict(params=norms + adapters, lr=lr, weight_decay=0.0)]
