@@ -26,8 +26,6 @@ from model import GPT, ScalarHead, fetch
 from packing import pack
 from tokenizer import Tokenizer
 
-EQUAL_ROLLOUTS = 10         # in a row with equal scores, until that is said
-
 # --- run ---
 out_dir = "out/ppo"         # model directory to write, with its log and resume state; the critic lies in critic/
 init_from = "out/sft"       # model directory to start from, or hub:ORG/NAME; the frozen reference is the same model
@@ -38,14 +36,16 @@ seed = 1337                 # questions, samples, order of the minibatches, adap
 device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
 # --- rollouts ---
-tasks = "sorting"           # tasks of tasks.py to ask, with weights, as in "sorting=0.7,addition=0.3"
-task_path = ""              # file or folder of questions, for tasks that read published ones
+tasks = "sorting"           # tasks of tasks.py and .jsonl files of prompts, with shares, as in sorting=0.7,addition=0.3
+path = ""                   # folder of published tasks (gsm8k, svamp), or one that holds a folder of each
+too_long = "error"          # a prompt that leaves no room for its answer: error, or drop
 rewards = "verifier"        # verifier, format, reward_model:DIR, file.py:function, each by option =WEIGHT, added up
 n_questions = 0             # ask the same so many generated questions again and again; 0: new ones without end
 questions_per_rollout = 64  # Q
 answers_per_question = 1    # sampled to each; more share the question's computation
 max_new_tokens = 0          # tokens of an answer at most; 0: what the tasks allow
-temperature = 1.0           # of sampling, and of every log-probability
+temperature = 1.0           # of sampling, and of every log-probability; higher explores more
+rollout_batch = 64          # answers sampled at once on a rank; lower it if memory runs out, raise it on a GPU
 missing_eos_penalty = 0.0   # taken off the score of an answer that did not end by itself; 0: none
 # --- method ---
 kl_coef = 0.05              # KL penalty per token in the reward, in units of reward a nat; 0: no reference is loaded
@@ -55,7 +55,6 @@ kl_horizon = 10000          # answers over which kl_coef can move by a fifth; fe
 gamma = 1.0                 # discount of later rewards
 lam = 0.95                  # GAE: 1 trusts rewards alone, 0 the critic alone
 whiten_rewards = False      # bring the token rewards to variance 1, keeping their mean
-whiten_advantages = True    # bring the advantages of a rollout to mean 0 and variance 1
 epochs = 4                  # passes over a rollout
 minibatches = 1             # updates of a pass
 micro_questions = 0         # questions of one forward pass on one rank; lower it if memory runs out; 0: all at once
@@ -83,9 +82,10 @@ final_lr = 0.1              # last learning rate as a share of the peak
 # --- evaluation and log ---
 eval_every = 40             # steps between evaluations; each one saves, as the end of the run does
 eval_questions = 100        # dev questions of each task
-eval_k = 0                  # pass@k of this many sampled answers beside the greedy one; 0: greedy alone
+pass_k = 8                  # sampled answers to each for pass@k; 0: greedy alone
 samples = 2                 # dev questions answered and printed with their rewards at each evaluation; 0: none
-entropy_floor = 0.1         # say once that the policy collapsed, below this share of its first entropy; 0: never
+collapse = 0.1              # say so once when the entropy falls below this share of the first rollout's; 0: never
+stuck_rollouts = 10         # say so after this many rollouts in a row whose scores were all equal
 spike_patience = 10         # stop after this many updates in a row that are not finite
 curves = True               # draw curves.png at the end
 report_to = ""              # wandb or tensorboard, if installed
@@ -208,12 +208,12 @@ def say(now, measured, scores_A, run):
     """Says what a reader of the log should not overlook: a collapsed policy, once; scores that teach nothing."""
     entropy = measured["objective/entropy"] / measured["completions/mean_length"]
     now["entropy"] = now["entropy"] or entropy
-    if not now["collapsed"] and entropy < entropy_floor * now["entropy"]:
+    if not now["collapsed"] and entropy < collapse * now["entropy"]:
         now["collapsed"] = True
         run.print(f"the policy's entropy fell to {entropy:.3g} nats a token from {now['entropy']:.3g}: it explores no "
                   "more; a lower lr, a larger kl_coef or fewer epochs keep it open")
     now["equal"] = 0 if scores_A.std(correction=0) > 0 else now["equal"] + 1
-    if now["equal"] == EQUAL_ROLLOUTS:
+    if now["equal"] == stuck_rollouts:
         run.print(f"all {len(scores_A)} scores were {scores_A[0]:.3g} in each of {now['equal']} rollouts and teach "
                   "nothing; take easier tasks, a reward that grades (format=0.1 beside verifier), a higher "
                   "temperature or more questions")
@@ -243,11 +243,12 @@ def save(run, actor, critic, updates, step, tokenizer, best=False):
 
 
 def main(config):
-    least = dict(max_steps=1, eval_every=1, n_questions=0, questions_per_rollout=1, answers_per_question=1,
-                 max_new_tokens=0, micro_questions=0, epochs=1, minibatches=1, eval_questions=1, eval_k=0, samples=0,
-                 seed=0, lr=0, critic_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, beta1=0, beta2=0,
+    least = dict(max_steps=1, eval_every=1, n_questions=0, questions_per_rollout=1, answers_per_question=1, seed=0,
+                 max_new_tokens=0, micro_questions=0, rollout_batch=1, epochs=1, minibatches=1, eval_questions=1,
+                 pass_k=0, samples=0, lr=0, critic_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, beta1=0, beta2=0,
                  warmup_steps=0, final_lr=0, spike_patience=1, temperature=1e-3, missing_eos_penalty=0, kl_coef=0,
-                 kl_target=0, kl_horizon=1, gamma=0, lam=0, clip_range=0, value_clip=0, stop_kl=0, entropy_floor=0)
+                 kl_target=0, kl_horizon=1, gamma=0, lam=0, clip_range=0, value_clip=0, stop_kl=0, collapse=0,
+                 stuck_rollouts=1)
     for name in (name for name in least if config[name] < least[name]):
         raise SystemExit(f"ppo.py: --{name} must be at least {least[name]}, got {config[name]}")
     for name in (name for name in ("gamma", "lam") if config[name] > 1):
@@ -263,9 +264,9 @@ def main(config):
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
     if max(beta1, beta2) >= 1:
         raise SystemExit(f"ppo.py: beta1 and beta2 must be below 1, got {beta1} and {beta2}")
-    for name, path in (("init_from", init_from), ("critic_from", critic_from)):
-        if path and f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-            raise SystemExit(f"ppo.py: {name}={path} lies in out_dir={out_dir}, which this run would replace; choose "
+    for name, place in (("init_from", init_from), ("critic_from", critic_from)):
+        if place and f"{os.path.realpath(place)}/".startswith(f"{os.path.realpath(out_dir)}/"):
+            raise SystemExit(f"ppo.py: {name}={place} lies in out_dir={out_dir}, which this run would replace; choose "
                              "another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
@@ -297,8 +298,9 @@ def main(config):
     actor, critic = run.parallel(actor), run.parallel(critic)
 
     # questions and rewards
-    questions, dev = (rollouts.Questions(tasks, split, seed, tokenizer, task_path, actor.config.context, max_new_tokens,
-                                         count) for split, count in (("train", n_questions), ("dev", eval_questions)))
+    fit = dict(path=path, context=actor.config.context, max_new_tokens=max_new_tokens, too_long=too_long)
+    questions = rollouts.Questions(tasks, "train", seed, tokenizer, n_questions=n_questions, **fit)
+    dev = rollouts.Questions(tasks, "dev", seed, tokenizer, n_questions=eval_questions, **fit)
     questions(0, questions_per_rollout)                     # says now that there are too few
     reward = rollouts.Rewards(rewards, tokenizer, run.device, run.dtype)
     if reward.note:
@@ -325,8 +327,8 @@ def main(config):
 
         # evaluate and save
         if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
-            metrics, answered = rollouts.evaluate(actor, tokenizer, dev.fixed(eval_questions), reward, run, eval_k,
-                                                  temperature, questions.max_new_tokens, seed=seed)
+            metrics, answered = rollouts.evaluate(actor, tokenizer, dev.fixed(eval_questions), reward, run, pass_k,
+                                                  temperature, questions.max_new_tokens, rollout_batch, seed)
             if now.get("evaluated") != step:                # a finished run that is resumed says it once
                 run.log(step, done, **metrics)
             accuracies = [value for name, value in metrics.items() if name.startswith("eval_accuracy/")]
@@ -355,7 +357,7 @@ def main(config):
             asked = questions(now["rollouts"], questions_per_rollout)
             share = len(asked) // run.world_size
             drawn = rollouts.sample(actor, asked[run.rank * share:(run.rank + 1) * share], G, tokenizer,
-                                    questions.max_new_tokens, temperature,
+                                    questions.max_new_tokens, temperature, max_batch=rollout_batch,
                                     seed=rollouts.step_seed(seed, now["rollouts"]))
             scores_A, parts = reward(drawn)
             seen = [answer for q in range(0, share, micro)
@@ -379,13 +381,13 @@ def main(config):
             advantages_AL, returns_AL = gae(rewards_AL, padded["values"], mask_AL, gamma, lam)
             now["rollout"] = dict(prompts=[a.prompt_ids for a in asked], tokens=[a["tokens"] for a in answers],
                                   logp=padded["logp"], values=padded["values"], returns=returns_AL, mask=mask_AL,
-                                  advantages=whiten(advantages_AL, mask_AL) if whiten_advantages else advantages_AL)
+                                  advantages=whiten(advantages_AL, mask_AL))
 
             # what is worth knowing of it
             measured = describe(padded, scores_A, finished_A, returns_AL, mask_AL)
             for name in parts:
                 measured[f"rewards/{name}/mean"] = sum(answer["parts"][name] for answer in answers) / len(answers)
-            measured["rewards/failed"] = int(run.total(sum(reward.failed.values())))
+            measured["failed_rewards"] = int(run.total(sum(reward.failed.values())))
             if kl_coef:
                 kl = kl_AL.sum(1).mean().item()             # of an answer
                 measured |= {"objective/kl": kl, "objective/non_score_reward": -now["kl_coef"] * kl,
@@ -397,7 +399,7 @@ def main(config):
             now["num_tokens"] += int(lengths_A.sum())
             say(now, measured, scores_A, run)
             seconds = run.clock() - begin
-            measured |= {"seconds/rollout": seconds, "tokens_per_second/rollout": int(lengths_A.sum()) / seconds}
+            measured |= {"rollout_seconds": seconds, "rollout_tokens_per_second": int(lengths_A.sum()) / seconds}
 
         # gradients: one denominator for the whole step, all micro-batches and ranks
         begin, rollout = run.clock(), now["rollout"]
@@ -443,8 +445,8 @@ def main(config):
             "policy/clipfrac_avg": policy_clipped, "policy/entropy_avg": entropy, "val/clipfrac_avg": value_clipped,
             "val/ratio": ratio, "val/ratio_var": max(0.0, ratio_square - ratio ** 2), "stopped_early": int(left),
             "grad_norm": norms[0], "grad_norm/critic": norms[1], "lr": lr * scale, "episode": now["episode"],
-            "num_tokens": now["num_tokens"], "eps": now["episode"] / run.clock(), "seconds/update": seconds,
-            "tokens_per_second/update": tokens_in_step / seconds, "skipped_updates": guard.skipped})
+            "num_tokens": now["num_tokens"], "eps": now["episode"] / run.clock(), "update_seconds": seconds,
+            "update_tokens_per_second": tokens_in_step / seconds, "skipped_updates": guard.skipped})
 
     run.finish()
     if done < 1:

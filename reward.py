@@ -3,7 +3,7 @@
 The Transformer's head is one number, read at an answer's last token, and the loss that of Bradley and Terry (Ouyang et
 al. 2022, arXiv:2203.02155, eq. 1): minus the log-probability that the chosen answer wins.
 
-    python data.py --kind=pairs --sources=task:sorting,task:addition --tokenizer=out/sft --out_dir=data/pairs
+    python data.py --kind=pairs --from_model=out/sft --task=sorting,addition --out_dir=data/pairs
     python reward.py --data=data/pairs --init_from=out/sft
     python reward.py --data=data/pairs --init_from=out/sft --method=lora --lr=5e-3 --out_dir=out/reward_lora
 
@@ -70,7 +70,7 @@ final_lr = 0.1              # last learning rate as a share of the peak
 eval_every = 100            # steps between evaluations; each one saves, as the end of the run does
 eval_pairs = 500            # held-out pairs to evaluate on, always the same; 0: all
 samples = 1                 # held-out pairs printed with their scores at each evaluation; 0: none
-spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
+spike_factor = 100.0        # skip an update whose gradient norm is this many times the median; hard pairs have 10
 spike_patience = 10         # stop after this many skipped updates in a row
 curves = True               # draw curves.png and calibration.png at the end
 report_to = ""              # wandb or tensorboard, if installed
@@ -121,12 +121,12 @@ def reward_metrics(score_P2):
 
 
 def by_source(values_P, pairs):
-    """{source: (mean, standard error, pairs)} of values of the first pairs; "all" of several. Pairs with the same
-    prompt go together."""
+    """{source: (mean, standard error, pairs)} of values of the first pairs, of all of them under "". Pairs with the
+    same prompt go together."""
     values_P, sources = np.asarray(values_P, float), np.array(pairs.sources[:len(values_P)])
     prompts = np.array([hash(tuple(prompt)) for prompt in pairs.prompts[:len(values_P)]])
-    names = list(dict.fromkeys(sources.tolist()))
-    chosen = {name: sources == name for name in names} | ({"all": sources == sources} if len(names) > 1 else {})
+    chosen = {name: sources == name for name in sorted(set(pairs.sources[:len(values_P)]))}
+    chosen[""] = np.full(len(values_P), True)
     return {name: (*mean_stderr(values_P[of], groups=prompts[of]), int(of.sum())) for name, of in chosen.items()}
 
 
@@ -182,10 +182,10 @@ def print_samples(tokenizer, pairs, score_P2, count, run):
 
 def print_tables(right, longer, found, error, run):
     """Prints the accuracy of each source beside that of length alone, and the reliability table."""
-    width = max(map(len, right))
-    run.print(f"{'source'.ljust(width)}   pairs   ranked rightly   longer answer wins")
+    width = max(map(len, (*right, "source")))
+    run.print(f"{'source'.ljust(width)}   pairs  ranked rightly  longer answer wins")
     for name, (mean, stderr, n) in right.items():
-        run.print(f"{name.ljust(width)}  {n:6,}   {mean:6.1%} ± {stderr:5.1%}  {longer[name][0]:6.1%} "
+        run.print(f"{(name or 'all').ljust(width)}  {n:6,}  {mean:6.1%} ± {stderr:5.1%}  {longer[name][0]:6.1%} "
                   f"± {longer[name][1]:5.1%}")
     run.print(f"calibration error {error:.3f}: pairs, predicted, share right")
     run.print(*(f"  {n:6,}   {predicted:.3f}   {share:.3f}" for n, predicted, share in found))
@@ -277,8 +277,10 @@ def main(config):
             metrics |= {f"eval_{name}": value.item() for name, value in reward_metrics(score_P2).items()}
             metrics |= dict(eval_std_reward=score_P2.std().item(), eval_calibration_error=error)
             for name, (mean, stderr, _) in right.items():
-                metrics |= {f"eval_accuracy/{name}": mean, f"eval_accuracy_stderr/{name}": stderr}
-                metrics |= {f"eval_longer_wins/{name}": longer[name][0]} if step == 0 else {}
+                of = f"/{name}" * bool(name)
+                metrics |= {f"eval_accuracy{of}": mean} | ({} if math.isnan(stderr) else
+                                                           {f"eval_accuracy_stderr{of}": stderr})
+                metrics |= {} if step else {f"eval_longer_wins{of}": longer[name][0]}
             model.bias = run.extra["bias"] = -score_P2[:, 0].mean().item()      # reference answers have mean zero
             if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
                 run.log(step, done, **metrics)
@@ -341,7 +343,7 @@ def main(config):
         run.print(f"stopped before step {step}; go on with the same options and --resume=true")
     else:
         run.print(f"{out_dir}: ranks {metrics['eval_accuracy']:.1%} of held-out pairs rightly after {run.clock():.1f} "
-                  f"s; let it judge: python eval.py --tasks=judge=FILE --judge={out_dir}")
+                  f"s; let it judge: python eval.py --model=A --against=B --tasks=judge=PROMPTS --judge={out_dir}")
 
 
 if __name__ == "__main__":

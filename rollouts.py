@@ -30,7 +30,7 @@ PATIENCE = 3                # calls in a row in which a reward function may fail
 
 
 def step_seed(*numbers):
-    """A 64-bit seed of numbers such as (seed, step, round)."""
+    """A 64-bit seed of numbers such as (seed, step, attempt)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -49,7 +49,7 @@ class Asked:
 
 def file_questions(path, split):
     """[(task, Question, messages)] of a .jsonl or .json file with prompt (a text or messages) and, where answers are to
-    be verified, answer and task. dev is the twentieth whose hash says so, as in published tasks."""
+    be verified, answer and task. dev is the twentieth whose hash says so, as in published tasks, but at least one."""
     found = []
     for row, messages in zip(read_rows(path), judge.read_prompts(path)):
         task = row.get("task") or ""
@@ -57,9 +57,9 @@ def file_questions(path, split):
             raise ValueError(f"a row of {path} has task={task!r} and answer={row.get('answer')!r:.40}; a task is one "
                              f"of {', '.join(TASKS)} and its answer a text")
         question = Question.of(messages[-1]["content"], str(row.get("answer", "")), "")
-        if (question.key / 2 ** 64 >= 0.95) == (split == "dev"):
-            found.append((task, question, messages))
-    return found
+        found.append((task, question, messages))
+    first = min(0.95, max(question.key for _, question, _ in found) / 2 ** 64)
+    return [row for row in found if (row[1].key / 2 ** 64 >= first) == (split == "dev")]
 
 
 class Questions:
@@ -108,7 +108,7 @@ class Questions:
                     raise ValueError(f"all prompts of {name} are longer than the {self.room} tokens that "
                                      f"max_new_tokens={self.max_new_tokens} leaves of the context of {context}; lower "
                                      "max_new_tokens, or take a model with a longer context")
-            elif by_difficulty:
+            elif by_difficulty and split == "train":
                 raise ValueError(f"{name} makes up new questions without end, which have no difficulty to learn; ask "
                                  "the same ones again with n_questions, such as 2000")
         self.rates, self.walk = {}, None
@@ -120,7 +120,7 @@ class Questions:
         if name not in TASKS:
             raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and files of prompts (.jsonl)")
         task = TASKS[name]
-        if task.generated and self.split == "train" and not self.n_questions:
+        if task.generated and (self.split == "dev" or not self.n_questions):
             return None
         folder = os.path.join(self.path, name)
         path = None if task.generated else folder if os.path.isdir(folder) else self.path
@@ -140,17 +140,17 @@ class Questions:
                              f"out with too_long=drop; it begins {messages[-1]['content']!r:.40}")
         self.dropped += 1
 
-    def __call__(self, step, n, round=0):
-        """round: of questions asked once more within a step (dynamic sampling); its own ones."""
-        generator = np.random.default_rng((self.seed, step, round))
-        counts = self.counts(step, n, round)
-        if not self.by_difficulty and not round:
+    def __call__(self, step, n, attempt=0):
+        """attempt: from 1 on, other questions for the same step (dynamic sampling)."""
+        generator = np.random.default_rng((self.seed, step, attempt))
+        counts = self.counts(step, n, attempt)
+        if not self.by_difficulty and not attempt:
             places = self.places(step, n)
         asked = []
         for i, (name, count) in enumerate(zip(self.names, counts)):
             found = self.sets[name]
             if found is None:
-                asked += self.fresh(name, count, step_seed(self.seed, step, round, i))
+                asked += self.fresh(name, count, step_seed(self.seed, step, attempt, i))
                 continue
             if count > len(found):
                 raise ValueError(f"{name} has {len(found)} questions, fewer than the {count} of one step; ask fewer a "
@@ -159,7 +159,7 @@ class Questions:
                 rates = np.array([self.rates.get(a.question.key, 0.5) for a in found])
                 weights = np.maximum(SELDOM, 4 * rates * (1 - rates))
                 chosen = generator.choice(len(found), count, replace=False, p=weights / weights.sum())
-            elif round:
+            elif attempt:
                 chosen = generator.choice(len(found), count, replace=False)
             else:
                 epoch, at = places[i]
@@ -167,9 +167,9 @@ class Questions:
             asked += [found[j] for j in chosen]
         return [asked[j] for j in generator.permutation(len(asked))]        # ranks and micro-batches get a mixture
 
-    def counts(self, step, n, round=0):
+    def counts(self, step, n, attempt=0):
         """How many of a step's n questions each task has: its share of n, rounded up or down by a random offset."""
-        points = (np.random.default_rng((self.seed, step, round, 1)).random() + np.arange(n)) / n
+        points = (np.random.default_rng((self.seed, step, attempt, 1)).random() + np.arange(n)) / n
         return np.bincount(np.searchsorted(self.share[:-1], points, side="right"), minlength=len(self.share)).tolist()
 
     def places(self, step, n):
@@ -193,12 +193,11 @@ class Questions:
     def fresh(self, name, count, seed):
         """`count` different new questions of a generated task."""
         asked = {}
-        stream = ((name, question, TASKS[name].messages(question)) for question in TASKS[name].questions("train", seed))
-        for row in itertools.islice(stream, 1000 + 100 * count):
+        for question in itertools.islice(TASKS[name].questions(self.split, seed), 1000 + 100 * count):
             if len(asked) == count:
                 break
-            if row[1].key not in asked and (encoded := self.encode(row)):
-                asked[row[1].key] = encoded
+            if question.key not in asked and (encoded := self.encode((name, question, TASKS[name].messages(question)))):
+                asked[question.key] = encoded
         if len(asked) < count:
             raise ValueError(f"{name} makes up too few different questions of at most {self.room} tokens for a step of "
                              f"{count}; lower max_new_tokens, or ask fewer")
@@ -211,8 +210,9 @@ class Questions:
             self.rates[a.question.key] = before + RECENT * (float(success) - before)
 
     def fixed(self, count):
-        """{task: its first `count` questions (0: all)} of a finite set: the same at every evaluation."""
-        return {name: found[:count or None] for name, found in self.sets.items()}
+        """{task: its first `count` questions}: the same at every evaluation."""
+        return {name: self.fresh(name, count, 0) if found is None else found[:count]
+                for name, found in self.sets.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -244,12 +244,12 @@ class Rollout:
     @property
     def lengths(self):
         """(A,) tokens of each answer, with the one that ended it."""
-        return torch.tensor([len(sample.tokens) for sample in self.samples], device=self.device)
+        return torch.tensor([len(sample.tokens) for sample in self.samples], dtype=torch.long, device=self.device)
 
     @property
     def finished(self):
         """(A,) bool: which answers ended by themselves, also at the last token they were allowed."""
-        return torch.tensor([sample.finish == "stop" for sample in self.samples], device=self.device)
+        return torch.tensor([s.finish == "stop" for s in self.samples], dtype=torch.bool, device=self.device)
 
     @property
     def sampler_logp(self):

@@ -288,14 +288,14 @@ def test_requests_that_fail_are_failed_prompts_and_the_rest_is_judged(served):
 class Head:
     """A reward model whose reward of a token is its id, so that the last token of what it is given shows."""
 
-    def __init__(self, context=64, reward=lambda ids: ids.float()):
+    def __init__(self, context=64, reward=lambda ids: ids.float(), bias=0.0):
         self.config, self.model = model.Config(512, n_layer=1, n_head=1, n_embd=8, context=context), self
-        self.reward, self.seen = reward, []
+        self.reward, self.bias, self.seen = reward, bias, []
 
     def to(self, device):
         return self
 
-    def __call__(self, ids):
+    def __call__(self, ids, **layout):
         self.seen.append(ids[0].tolist())
         return self.reward(ids)
 
@@ -312,48 +312,100 @@ def use(monkeypatch, head):
     return head
 
 
-def test_a_saved_head_prefers_what_it_scores_higher_at_the_end_of_the_answer(chat):
+def answered(answer, prompt="well?"):
+    return [*user(prompt), {"role": "assistant", "content": answer}]
+
+
+ANSWERS = ["yes", "no", "", "maybe so", "42", "<answer>1</answer>"]
+
+
+@pytest.fixture
+def saved(chat):
+    """(folder, function that scores one answer alone) of a random head with a bias."""
     folder, tokenizer = chat
     torch.manual_seed(0)
     head = model.ScalarHead(model.Config(384, n_layer=2, n_head=2, n_embd=16, context=64))
     for weight in head.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    head.bias = 0.75
     head.save(folder)
-    ask, answers, seen = reward_model(str(folder)), ["yes", "no", "", "maybe so", "42", "<answer>1</answer>"], set()
 
-    def reward(answer):
-        ids, _ = tokenizer.encode_chat([*user("well?"), {"role": "assistant", "content": answer}])
+    def alone(messages):
+        ids, _ = tokenizer.encode_chat(messages)
         end = max(i for i, id in enumerate(ids) if id == tokenizer.chat_end_id)
-        return head(torch.tensor([ids]))[0, end].item()
-    for a, b in itertools.permutations(answers, 2):
+        return head(torch.tensor([ids]))[0, end].item() + 0.75
+    return str(folder), alone
+
+
+def test_a_saved_head_prefers_what_it_scores_higher_at_the_end_of_the_answer(saved):
+    folder, alone = saved
+    ask, seen = reward_model(folder), set()
+    for a, b in itertools.permutations(ANSWERS, 2):
         seen.add(verdict := ask(user("well?"), a, b))
-        assert verdict == ("1" if reward(a) > reward(b) else "2")
+        assert verdict == ("1" if alone(answered(a)) > alone(answered(b)) else "2")
     assert seen == {"1", "2"}
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 40, 8192])
+def test_rewards_are_the_same_whatever_else_is_scored_and_hold_the_bias(saved, monkeypatch, tokens_per_pass):
+    monkeypatch.setattr(judge, "TOKENS_PER_PASS", tokens_per_pass)
+    folder, alone = saved
+    chats = [answered(answer, prompt) for answer in ANSWERS for prompt in ("well?", "a b c")]
+    chats += [[*answered("x"), *answered("y")], answered("x")[1:]]          # two turns, and none before the answer
+    rewards = judge.load_reward(folder)(chats)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, torch.tensor([alone(chat) for chat in chats]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(judge.load_reward(folder)(chats[::-1]), rewards.flip(0), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bias_is_kept_in_the_config_and_must_be_a_finite_number(saved):
+    folder, _ = saved
+    assert model.ScalarHead.load(folder).bias == 0.75
+    config = json.load(open(folder + "/config.json"))
+    for value, loaded in ((None, 0.0), ("x", None), (math.nan, None)):
+        config = {name: x for name, x in config.items() if name != "score_bias"}
+        with open(folder + "/config.json", "w") as file:
+            json.dump(config | ({} if value is None else {"score_bias": value}), file)
+        if loaded is not None:
+            assert model.ScalarHead.load(folder).bias == loaded
+            continue
+        with pytest.raises(ValueError, match="score_bias=.*not a finite number") as error:
+            judge.load_reward(folder)
+        assert one_sentence(error)
+
+
+def test_what_does_not_end_with_the_assistants_turn_has_no_reward(saved):
+    for chat, said in (user("hi"), "ends with the assistant's turn"), ([], "at least one message"):
+        with pytest.raises(ValueError, match=said) as error:
+            judge.load_reward(saved[0])([chat])
+        assert one_sentence(error)
+    assert judge.load_reward(saved[0])([]).shape == (0,)
 
 
 def test_the_reward_is_read_at_the_last_token_of_the_answer(chat, monkeypatch):
     folder, tokenizer = chat
     head = use(monkeypatch, Head())
-    reward_model(folder)(user("hi"), "yes", "no")
-    for ids, answer in zip(head.seen, ("yes", "no")):
-        assert ids[-1] == tokenizer.chat_end_id
-        assert tokenizer.decode(ids[:-1]).endswith(answer) and "hi" in tokenizer.decode(ids)
+    score = judge.load_reward(folder)
+    for answer in ("yes", "no"):
+        assert score([answered(answer, "hi")]).item() == tokenizer.chat_end_id
+        text = tokenizer.decode(head.seen[-1])
+        assert text.endswith(answer + "<|im_end|>") and "hi" in text
 
 
 def test_the_larger_reward_wins_in_both_orders_and_equal_ones_tie(chat, monkeypatch):
-    head = use(monkeypatch, Head(reward=lambda ids: torch.full(ids.shape, float(ids.size(1)))))
+    head = use(monkeypatch, Head(reward=lambda ids: torch.arange(ids.size(1), 0, -1)[None].float()))   # first is best
     ask = reward_model(chat[0])
-    assert [ask(user("?"), *pair) for pair in (("long", "x"), ("x", "long"), ("ab", "cd"))] == ["1", "2", "tie"]
-    result = win_rate([user("?")] * 3, ["long", "x", "ab"], ["x", "long", "cd"], ask)
+    assert [ask(user("?"), *pair) for pair in (("a", "b"), ("b", "a"), ("c", "c"))] == ["1", "2", "tie"]
+    result = win_rate([user("?")] * 3, ["a", "b", "c"], ["b", "a", "c"], ask)
     assert (result["wins"], result["losses"], result["ties"], result["inconsistent"]) == (1, 1, 1, 0)
-    assert len(head.seen) == 4                      # each text is scored once, whatever the order
+    assert len(head.seen) == 2                      # each text is scored once, whatever the order
 
 
 def test_what_does_not_fit_the_context_or_has_no_reward_is_counted_as_failed(chat, monkeypatch):
     use(monkeypatch, Head(context=40))
     ask = reward_model(chat[0])
     result = win_rate([user("?")] * 2, ["a", "b" * 50], ["c", "d"], ask)
-    assert (result["n"], result["failed"]) == (1, 1) and ask.failures == ["longer than the context of 40 tokens"] * 2
+    assert (result["n"], result["failed"]) == (1, 1) and ask.failures == ["longer than the context of 40 tokens"]
     use(monkeypatch, Head(reward=lambda ids: torch.full(ids.shape, math.nan)))
     with pytest.raises(ValueError, match="not a number"):
         win_rate([user("?")], ["a"], ["b"], reward_model(chat[0]))

@@ -187,8 +187,8 @@ def digits(prompts, completions, answers, tasks):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 """
 TINY = ["--device=cpu", "--dtype=fp32", "--max_new_tokens=10", "--questions_per_rollout=8", "--minibatches=2",
-        "--epochs=2", "--n_questions=40", "--eval_every=6", "--eval_questions=6", "--samples=1", "--lr=0.003",
-        "--critic_lr=0.003", "--warmup_steps=2", "--kl_coef=0.01", "--curves=false", "--max_steps=14"]
+        "--epochs=2", "--n_questions=40", "--eval_every=6", "--eval_questions=6", "--samples=1", "--pass_k=0",
+        "--lr=0.003", "--critic_lr=0.003", "--warmup_steps=2", "--kl_coef=0.01", "--curves=false", "--max_steps=14"]
 
 
 def call(script, *flags, ranks=1):
@@ -250,7 +250,7 @@ def state(out_dir):
 def whole(folder, tmp_path_factory):
     """The uninterrupted run that others are compared with."""
     out_dir = tmp_path_factory.mktemp("out") / "whole"
-    result = run(folder, out_dir, "--eval_k=2")
+    result = run(folder, out_dir, "--pass_k=2")
     assert result.returncode == 0, result.stderr
     return out_dir, result
 
@@ -305,7 +305,7 @@ def same(one, other):
 
 def test_a_run_killed_at_any_moment_resumes_bitwise_also_amid_a_rollout(folder, whole, tmp_path):
     out_dir = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "ppo.py", *command(folder, out_dir, "--eval_k=2")], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "ppo.py", *command(folder, out_dir, "--pass_k=2")], cwd=ROOT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     while not (out_dir / "resume" / "state.pt").exists() or len(open(out_dir / "log.jsonl").readlines()) < 9:
         assert process.poll() is None
@@ -313,7 +313,7 @@ def test_a_run_killed_at_any_moment_resumes_bitwise_also_amid_a_rollout(folder, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state(out_dir)["extra"]["update"] in (0, 2)          # saved before step 0 or, amid a rollout, 6
-    result = run(folder, out_dir, "--eval_k=2", "--resume=true")
+    result = run(folder, out_dir, "--pass_k=2", "--resume=true")
     assert result.returncode == 0, result.stderr
     assert timeless(out_dir) == timeless(whole[0])
     assert same(out_dir, whole[0]) and same(out_dir / "critic", whole[0] / "critic")
