@@ -19,10 +19,12 @@ import time
 import torch
 import torch.distributed as dist
 
-MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "compile", "report_to",
-                        "curves")
+MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "micro_questions",
+                        "compile", "report_to", "curves")
 
-NOT_SHOWN = ("epoch", "num_tokens", "mfu")          # on the console; log.jsonl has everything
+NOT_SHOWN = ("epoch", "num_tokens", "mfu", "completions/m", "clip_ratio/", "sampling/", "rollout_seconds",
+             "update_seconds", "step_time")         # beginnings of names; log.jsonl has everything
+IF_NOT_ZERO = ("skipped_updates", "failed_rewards", "refilled", "stopped_early")
 
 
 def write_atomic(path, content):
@@ -272,6 +274,14 @@ class Run:
             dist.all_reduce(value)
         return value.cpu()
 
+    def gather(self, items):
+        """The ranks' lists as one, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return items
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, items)
+        return [item for each in lists for item in each]
+
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
@@ -317,8 +327,8 @@ class Run:
             return
         self.last_line = now
         self.log_file.flush()
-        hidden = NOT_SHOWN if metrics.get("skipped_updates") else (*NOT_SHOWN, "skipped_updates")
-        shown = (f"{name} {shorten(value)}" for name, value in metrics.items() if name not in hidden)
+        shown = (f"{name} {shorten(value)}" for name, value in metrics.items()
+                 if not name.startswith(NOT_SHOWN) and (value or name not in IF_NOT_ZERO))
         line = " | ".join([f"step {step:>5}", *shown])
         self.print(line + (f" | {left}" if left else ""))
 

@@ -17,7 +17,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "kernels": set(), "optim": s
          "likelihood": {"kernels"}, "packing": {"kernels"},
          "preferences": {"formats"}, "sampled": {"engine", "formats", "judge", "preferences", "tasks"},
          "pairs": {"chats", "formats", "packing", "preferences", "sampled", "sources"},
-         "rollouts": {"common", "engine", "judge", "model", "packing", "results", "tasks", "tokenizer"},
+         "rollouts": {"engine", "formats", "judge", "packing", "tasks", "tokenizer"},
          "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
