@@ -383,16 +383,16 @@ class Rewards:
             return []
         try:
             return ask(rows)
-        except WrongLength:
-            raise
+        except WrongLength as error:
+            raise ValueError(str(error)) from None
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
         values = []
         for row in rows:
             try:
                 values += ask([row])
-            except WrongLength:
-                raise
+            except WrongLength as error:
+                raise ValueError(str(error)) from None
             except Exception as error:
                 self.reason = f"{type(error).__name__}: {error}"
                 values.append(math.nan)
@@ -406,7 +406,7 @@ class Rewards:
             return math.nan
 
 
-class WrongLength(ValueError):
+class WrongLength(Exception):
     pass
 
 

@@ -194,12 +194,6 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = GPT(Config(384, n_layer=2, n_head=2, n_embd=32, context=96, eos_id=tokenizer.eot_id,
                        pad_id=tokenizer.pad_id))
-    ids, _ = tokenizer.encode_chat([{"role": "assistant", "content": "123"}])
-    with torch.no_grad():                           # threes and ends come up often enough to be found
-        bias = torch.zeros(384)
-        bias[[*tokenizer.encode("3"), *tokenizer.encode("1"), tokenizer.chat_end_id]] = 1.0
-        model.lm_head.weight += 0.1 * bias[:, None] * model.model.embed_tokens.weight.mean(0)
-    assert ids
     model.save(folder / "base")
     tokenizer.save(folder / "base")
     (folder / "mine.py").write_text("def threes(prompts, completions, answers, tasks):\n"
@@ -294,8 +288,8 @@ def test_adapters_off_are_the_reference(folder, tmp_path):
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[-1]["kl"] > 1e-5
     model = lora.load(GPT.load(str(folder / "base")), str(tmp_path / "adapter"))
     ids = torch.arange(40)[None]
-    torch.testing.assert_close(model.forward_hidden(ids), GPT.load(str(tmp_path)).forward_hidden(ids), atol=1e-5,
-                               rtol=1e-5)
+    torch.testing.assert_close(model.forward_hidden(ids), GPT.load(str(tmp_path)).forward_hidden(ids), atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_without_signal_nothing_moves_and_advice_is_given_once(folder, tmp_path):
@@ -325,12 +319,10 @@ def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("body, said", [("return [1.0]", "must return a list of 24 numbers"),
+@pytest.mark.parametrize("body, said", [("return [1.0]", "must return a list of 6 numbers"),
                                         ("raise KeyError('x')", "gave no number for any answer"),
                                         ("return [float('nan')] * len(completions)", "gave no number")])
 def test_a_broken_reward_function_ends_in_one_sentence(folder, tmp_path, body, said):
     (tmp_path / "bad.py").write_text(f"def f(prompts, completions, answers, tasks):\n    {body}\n")
     result = call(*command(folder, tmp_path / "bad", f"--rewards={tmp_path}/bad.py:f"))
-    if "24" not in said:
-        assert result.returncode == 1 and said in result.stderr
-    assert result.returncode == 1 and "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 1 and said in result.stderr and len(result.stderr.strip().splitlines()) == 1
