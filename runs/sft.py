@@ -1,4 +1,4 @@
-"""Finetuning on Alpaca and GSM8K: trained tokens/s beside trl's SFTTrainer, in turn, and loss curves on the same batches.
+"""Finetuning on Alpaca and GSM8K: trained tokens/s beside trl's SFTTrainer, in turn; loss curves on equal batches.
 
     python runs/sft.py all ALPACA GSM8K_TRAIN [ROUNDS]
     python runs/sft.py ours packed              one entry: packed or padded
@@ -28,8 +28,9 @@ CONTEXT, STEPS, WARMUP = 512, 30, 5
 
 def setup(alpaca, gsm8k):
     from generate import save_random_model
-    from tokenizer import Tokenizer
+
     from formats import parse_chats
+    from tokenizer import Tokenizer
     chats = (chat[0] for source in parse_chats(f"{alpaca},{gsm8k}") for chat in source.chats(Counter()))
     texts = [message["content"] for chat, _ in zip(chats, range(60_000)) for message in chat]
     save_random_model(Tokenizer.train(texts, 4096), f"{WORK}/model")
@@ -55,6 +56,7 @@ def trl(kind, batch=8, dtype="bf16"):
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
     from chats import ChatBatches
     from tokenizer import Tokenizer
     datasets.disable_progress_bars()
