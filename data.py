@@ -1,7 +1,9 @@
-"""Text to tokens on disk, and tokens on disk to batches; with kind=chats, chats (chats.py).
+"""Text to tokens on disk, and tokens on disk to batches; with kind=chats, chats (chats.py), with kind=pairs, pairs of
+answers (pairs.py).
 
     python data.py --sources=stdlib --vocab_size=4096 --out_dir=data/text
     python data.py --kind=chats --sources=alpaca.jsonl --tokenizer=out/pretrain --out_dir=data/chats --show=3
+    python data.py --kind=pairs --sources=ultrafeedback.jsonl --out_dir=data/pairs --show=3
     python data.py --sources="books/*.jsonl.gz=0.7,stdlib=0.3" --tokenizer=data/text --out_dir=data/mixed
 
 A document is a text file (.txt .md .py), a row (.jsonl .json .parquet, a hub dataset) or a module of the standard
@@ -11,7 +13,8 @@ invalid UTF-8 are errors; empty documents are skipped and counted.
 
 Every document begins with <|endoftext|>, which is at once the start of its text and the end of the one before: each
 token has a target, and generation starts from it. Sources of chats are rows, and task:NAME or task:gsm8k:FOLDER;
-dolly:FILE names the format of rows. chats.py says what their files hold.
+dolly:FILE names the format of rows. Pairs are rows, or sampled from a model. chats.py and pairs.py say what their
+files hold.
 
 Written into out_dir, the files of the tokenizer beside them:
 
@@ -39,16 +42,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import chats
+import pairs
 from configurator import configure, read_options
 from sources import BLOCK, mix, parse_sources, publish
 
 # --- run ---
 out_dir = "data/text"         # folder to write: train.h5, val.h5 and the tokenizer
 overwrite = False             # replace the data that out_dir holds; without it that is an error
-kind = "text"                 # what the rows are: text, or chats
+kind = "text"                 # what the rows are: text, chats or pairs
 sources = "stdlib"            # stdlib, files, folders, globs, hub:ID:CONFIG:SPLIT; commas between; NAME=WEIGHT mixes
-val_fraction = 0.05           # share of documents or chats held out by hash; less for gigabytes, more for kilobytes
+val_fraction = 0.05           # share of documents, chats or pairs held out by hash; less for gigabytes
 invalid_utf8 = "error"        # error stops at a byte that is not UTF-8; replace puts U+FFFD there and counts
+# --- text and chats only ---
 tokenizer = ""                # folder or tokenizer.json to use; "" trains one on the text's training side
 # --- text only ---
 val_sources = ""              # held-out sources, kept out of the training side; then nothing is held out by hash
@@ -56,16 +61,37 @@ max_bytes = 0                 # stop after so many bytes of text; 0 takes everyt
 text_column = "text"          # column of rows that holds the text; of several (text,content) the first that a row has
 vocab_size = 4096             # pieces of a tokenizer trained here; more makes text shorter and the model larger
 tokenizer_bytes = 20_000_000  # bytes of text that it is trained on; more takes longer and changes little
+# --- chats and pairs only ---
+max_examples = 0              # stop after so many rows; 0 takes everything
+unusable = "drop"             # rows with an empty reply or none: drop counts them, error stops
+malformed = "error"           # rows without the columns, types and roles of their format: drop counts them, error stops
+seed = 1337                   # of the tasks' questions and of what is sampled
+show = 0                      # print so many; of chats what is trained in colour ([[ ]] where there is no terminal)
 # --- chats only ---
 context = 1024                # tokens of the longest chat that is kept; none is ever cut
-max_examples = 0              # stop after so many chats; 0 takes everything
 task_examples = 10_000        # questions of each task that makes them up, if it has no weight
 flawed = 0.0                  # share of worked answers that show their task's mistake; of questions that are made up
-unusable = "drop"             # rows with an empty reply or none: drop counts them, error stops
 too_long = "drop"             # chats longer than context: drop counts them, error stops
-malformed = "error"           # rows without the columns, types and roles of their format: drop counts them, error stops
-seed = 1337                   # of the tasks' questions
-show = 0                      # print so many chats, what is trained in colour (in [[ ]] where there is no terminal)
+# --- pairs only ---
+min_margin = 0.0              # least difference of scores, where a row has them; 0 drops contradictions
+min_agreement = 0.0           # least share of annotators who agreed, where a row has it
+max_length_ratio = 0.0        # drop pairs one of whose texts is over so many times as long as the other; 0 keeps all
+duplicates = "drop"           # the same answers to one prompt, whichever was chosen: drop all but the first, or keep
+unpair = False                # make two thumbs of a pair: its chosen up, its rejected down
+keep = "one"                  # of scored answers: one (best, worst), each (at most once) or all (every two that differ)
+# --- pairs from a model only ---
+from_model = ""               # model directory to sample answers from, in place of sources
+task = ""                     # tasks whose questions it answers, as in sorting=0.5,addition=0.5 or gsm8k:FOLDER
+questions = 1000              # how many, in all; val_fraction of them from the tasks' dev split
+samples = 8                   # answers to each
+rank_by = "verifier"          # verifier, reward_model:DIR, or the address of a judge, such as http://localhost:8000/v1
+judge_model = ""              # name of the model at that address
+judge_key_env = ""            # environment variable that holds its key; empty: none is sent
+temperature = 1.0             # of sampling; above 0
+top_p = 1.0                   # sample from the likeliest tokens that hold this share
+max_new_tokens = 0            # tokens of an answer at most; 0: the task's own
+device = "auto"               # auto, cuda, mps or cpu; of the models
+dtype = "auto"                # auto (bf16 where the hardware is fast at it), bf16, fp32
 
 SMALL = 16 << 20              # bytes of text in a small corpus
 
@@ -442,19 +468,18 @@ def fixed_rows(folder, split, context, micro_rows, max_tokens=0, rank=0, world_s
 
 
 def main(config):
-    kind, others = config["kind"], {"text": "chats only", "chats": "text only"}
-    if kind not in others:
-        raise ValueError(f"kind is {kind!r}; it must be text or chats")
+    kind, kinds = config["kind"], {"text": prepare, "chats": chats.prepare, "pairs": pairs.prepare}
+    if kind not in kinds:
+        raise ValueError(f"kind is {kind!r}; it must be {', '.join(kinds)}")
     mine = {}
     for name, (default, _, section) in read_options(__file__).items():
-        if section != others[kind] and name != "kind":
+        if section == "run" or kind in section.split() and ("model" not in section or config["from_model"]):
             mine[name] = config[name]
-        elif config[name] != default and name != "kind":
-            raise ValueError(f"{name} is an option of {section}, and kind is {kind}")
-    if kind == "text":
-        prepare(**mine)
-    else:
-        chats.prepare(**mine)
+        elif config[name] != default:
+            raise ValueError(f"{name} is an option of {section}, and kind is {kind}"
+                             + " from --sources" * (kind in section.split()))
+    del mine["kind"]
+    kinds[kind](**mine)
 
 
 if __name__ == "__main__":

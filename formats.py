@@ -188,8 +188,9 @@ def split_weights(text):
     return parsed
 
 
-def parse_chats(text, **how):
-    """[ChatSource] of "alpaca.jsonl=0.5,task:gsm8k:data/gsm8k=0.3,dolly:hub:ID=0.2"; `how` is what ChatSource takes."""
+def parse_chats(text, kind=None, **how):
+    """[ChatSource] of "alpaca.jsonl=0.5,task:gsm8k:data/gsm8k=0.3,dolly:hub:ID=0.2", or [kind]; `how` is what it
+    takes."""
     parsed = split_weights(text)
     if not parsed:
         raise ValueError(f"sources is {text!r} and names none; try --sources=task:arithmetic")
@@ -200,7 +201,32 @@ def parse_chats(text, **how):
             raise ValueError(f"the weight of source {name} is {weight:g}; it must be above 0")
     if len(parsed) > 256 or len({name for name, _ in parsed}) < len(parsed):
         raise ValueError(f"sources names {len(parsed)}, which must be at most 256 and different ones: {text!r:.80}")
-    return [ChatSource(name, weight, **how) for name, weight in parsed]
+    return [(kind or ChatSource)(name, weight, **how) for name, weight in parsed]
+
+
+def rows_source(name, invalid_utf8):
+    """The Source of files of rows, or of a hub dataset. ValueError for files of another type."""
+    source = Source(name, None, (), invalid_utf8)
+    for path in source.files:
+        if not name.startswith("hub:") and extension(path) not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(f"{path} holds no rows of chats or pairs; those are read from .jsonl .json (also .gz) and "
+                             ".parquet, hub:ID and, of chats, task:NAME")
+    return source
+
+
+def all_rows(source, notes):
+    """Yields (row, path, row number) of all files of a Source."""
+    for path in source.files:
+        suffix = extension(path)
+        try:
+            rows = (source.hub_rows() if path.startswith("hub:") else parquet_rows(path) if suffix == ".parquet"
+                    else json_rows(path, source.invalid_utf8, notes))
+            for row, number, *_ in rows:
+                yield row, path, number
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 class ChatSource:
@@ -225,11 +251,7 @@ class ChatSource:
             self.questions("train")                 # says now what is wrong with the path
         else:
             self.format, name = (prefix, rest) if prefix in FORMATS and rest else (None, name)
-            self.rows = Source(name, None, (), invalid_utf8)
-            for path in self.rows.files:
-                if not name.startswith("hub:") and extension(path) not in (".jsonl", ".json", ".parquet"):
-                    raise ValueError(f"{path} holds no rows of chats; those are read from .jsonl .json (also .gz) and "
-                                     ".parquet, hub:ID and task:NAME")
+            self.rows = rows_source(name, invalid_utf8)
         self.endless = bool(self.task and not self.path and weight)
 
     def questions(self, split):
@@ -243,7 +265,7 @@ class ChatSource:
             yield from self.task_chats()
             return
         checked = set()
-        for row, path, number in self.all_rows(notes):
+        for row, path, number in all_rows(self.rows, notes):
             place = f"row {number:,} of {path}"
             try:
                 if not isinstance(row, dict):
@@ -282,20 +304,6 @@ class ChatSource:
         pairs = itertools.islice(published if self.path else made_up(), self.limit or None)
         for i, (side, question) in enumerate(pairs, 1):
             yield asked(self.task, question), question.key, side, f"question {i:,} of {self.name}"
-
-    def all_rows(self, notes):
-        """Yields (row, path, row number) of all files."""
-        for path in self.rows.files:
-            suffix = extension(path)
-            try:
-                rows = (self.rows.hub_rows() if path.startswith("hub:") else parquet_rows(path) if suffix == ".parquet"
-                        else json_rows(path, self.rows.invalid_utf8, notes))
-                for row, number, *_ in rows:
-                    yield row, path, number
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def refuse_test_split(path):

@@ -1,34 +1,223 @@
-"""Preferences on disk, as preferences.py writes them, to batches: pairs of answers, or answers with a thumb up or down.
+"""Preferences, pairs of answers or single ones with a thumb up or down, to files on disk, and those to batches.
 
-    batches = PairBatches("data/pairs", "train", 64, 8, 1024, seed, rank, world_size, tokenizer)
-    packed = batches.pairs.packed(batches(step, micro), device)         # [0::2] of its answers are chosen, [1::2] not
+    python data.py --kind=pairs --sources=hh.jsonl.gz,ultrafeedback.jsonl --out_dir=data/pairs --show=3
+    python data.py --kind=pairs --from_model=out/sft --task=sorting,addition --samples=8 --out_dir=data/pairs
 
-A folder holds train.jsonl, val.jsonl and about.json. Rows, in trl's published names, each with its source:
+Written into out_dir: train.jsonl, val.jsonl and about.json (the options, and for each source what was kept and, by
+reason, left out). Rows, in trl's published names, each with its source:
 
-    {"prompt": [messages], "chosen": [message], "rejected": [message]}      also margin, score_chosen, score_rejected
-    {"prompt": [messages], "completion": [message], "label": true}          thumbs
+    {"prompt": [messages], "chosen": [message], "rejected": [message]}      also margin, score_chosen, score_rejected,
+    {"prompt": [messages], "completion": [message], "label": true}          task, answer
 
-A prompt's ids end with the opening of the assistant's turn, an answer's with <|im_end|>. What does not fit the context
-is cut: first the prompt, from the left, to what the answers leave of the context but not below a quarter of it; then
-the answers, from the right, without their <|im_end|>. Rows without an answer, and pairs whose answers are equal, are
-left out and counted.
+A row is held out by the hash of its prompt's first question, so the same question never stands on both sides; what is
+sampled from a model, by its task's own rule: its dev questions are held out.
+
+In batches, a prompt's ids end with the opening of the assistant's turn, an answer's with <|im_end|>. What does not fit
+the context is cut: first the prompt, from the left, to what the answers leave of the context but not below a quarter of
+it; then the answers, from the right, without their <|im_end|>. Rows without an answer, and pairs whose answers are
+equal, are left out and counted.
 
 Letters: P pairs, A answers.
 """
+import contextlib
 import hashlib
 import itertools
+import json
+import math
 import os
+import re
+import shutil
+import sys
+import tempfile
+import time
 from collections import Counter
 
 import numpy as np
-import torch
 
-from chats import CHUNK, encode_chats
-from packing import pack
-from sources import json_rows
+from chats import CHUNK, COLOUR, CONTROL, PLAIN, encode_chats, mixed
+from formats import parse_chats
+from preferences import KEEP, PairSource
+from sources import content_key, json_rows, publish
 
+RED = "\x1b[31m"
 ROLES = ("system", "user", "assistant")
 WRITE = "python data.py --kind=pairs"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows to files
+
+
+def filtered(stream, notes, seen, counts, min_margin, min_agreement, max_length_ratio, duplicates, unpair):
+    """Yields those of (row, key, side) that pass, as thumbs if `unpair`; the others are counted in `notes` by reason.
+    `seen` holds hashes of what all sources gave, `counts` how many rows had a margin and an agreement."""
+    for row, key, side in stream:
+        names = ("chosen", "rejected") if "chosen" in row else ("completion",)
+        answers = [row[name][0]["content"].strip() for name in names]
+        margin, agreement = row.get("margin"), row.pop("agreement", None)
+        counts.update(margin=margin is not None, agreement=agreement is not None)
+        sizes = sorted(map(len, answers))
+        if len(answers) == 2 and answers[0] == answers[1]:
+            notes["equal answers"] += 1
+        elif margin is not None and margin < min_margin:
+            notes[f"margin below {min_margin:g}"] += 1
+        elif agreement is not None and agreement < min_agreement:
+            notes[f"agreement below {min_agreement:g}"] += 1
+        elif max_length_ratio and sizes[-1] > max_length_ratio * sizes[0]:
+            notes[f"one answer over {max_length_ratio:g} times as long as the other"] += 1
+        else:
+            made = [row]
+            if unpair and len(names) == 2:
+                rest = {column: row[column] for column in ("task", "answer") if column in row}
+                made = [dict(prompt=row["prompt"], completion=row[name], label=name == "chosen", **rest)
+                        for name in names]
+            for new in made:
+                texts = sorted(new[name][0]["content"] for name in ("chosen", "rejected", "completion") if name in new)
+                known = content_key(json.dumps([new["prompt"], texts]).encode())
+                if duplicates == "drop" and known in seen:
+                    notes["duplicates"] += 1
+                    continue
+                seen.add(known)
+                yield new, key, side
+
+
+def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwrite=False, max_examples=0,
+            unusable="drop", malformed="error", seed=1337, show=0, keep="one", min_margin=0.0, min_agreement=0.0,
+            max_length_ratio=0.0, duplicates="drop", unpair=False, from_model="", **sampling):
+    """Writes train.jsonl, val.jsonl and about.json into out_dir, prints what they hold, and `show` of the rows. Data
+    that was prepared with the same options is only shown. `sampling`: the options of sampled.SampledSource.
+
+    All is written below out_dir/.unfinished and renamed at the end, train.jsonl last; whatever goes wrong before that,
+    out_dir is left as it was. ValueError of one sentence on bad input.
+    """
+    options = {**{name: value for name, value in locals().items()
+                  if name not in ("overwrite", "show", "out_dir", "sampling")}, **sampling}
+    started = time.perf_counter()
+    if os.path.exists(os.path.join(out_dir, "train.jsonl")) and not overwrite:
+        if show and about(out_dir).get("options") == options:
+            return print_rows(out_dir, show)
+        raise ValueError(f"{out_dir} already holds data; pass --overwrite=true to replace it, or another --out_dir")
+    if os.path.exists(os.path.join(out_dir, "train.h5")):
+        raise ValueError(f"{out_dir} holds data of another kind (train.h5); choose another --out_dir")
+    for name, value, known in (("invalid_utf8", invalid_utf8, ("error", "replace")), ("keep", keep, KEEP),
+                               ("duplicates", duplicates, ("drop", "keep")), ("unusable", unusable, ("drop", "error")),
+                               ("malformed", malformed, ("error", "drop"))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be {' or '.join(known)}")
+    if not 0 < val_fraction < 1 or max_examples < 0 or show < 0:
+        raise ValueError("val_fraction must lie between 0 and 1, max_examples and show must be 0 or more, got "
+                         f"{val_fraction}, {max_examples} and {show}")
+    if max_length_ratio and max_length_ratio < 1 or not 0 <= min_agreement <= 1 or not math.isfinite(min_margin):
+        raise ValueError("max_length_ratio must be 0 (off) or at least 1, min_agreement a share and min_margin a "
+                         f"number, got {max_length_ratio}, {min_agreement} and {min_margin}")
+    if from_model:
+        from sampled import sampled_sources  # not at the top: it loads torch, which rows of files do not need
+        corpus = sampled_sources(from_model, sources, keep, seed, val_fraction, **sampling)
+    else:
+        corpus = parse_chats(sources, PairSource, invalid_utf8=invalid_utf8, unusable=unusable, malformed=malformed,
+                             keep=keep)
+
+    shorter = [re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(source.name)) for source in corpus]
+    named = shorter if len({*shorter}) == len(shorter) else [source.name for source in corpus]
+
+    unfinished = os.path.join(out_dir, ".unfinished")
+    notes, counts, seen = [Counter() for _ in corpus], Counter(), set()
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed
+        os.makedirs(unfinished)
+        streams = [filtered(source.pairs(note), note, seen, counts, min_margin, min_agreement, max_length_ratio,
+                            duplicates, unpair) for source, note in zip(corpus, notes)]
+        keys, sides, of, first = [], [], [], None
+        with tempfile.TemporaryFile("w+", dir=unfinished, encoding="utf-8") as raw:
+            for index, (row, key, side) in mixed(streams, [source.weight for source in corpus], max_examples):
+                kind = "thumbs" if "label" in row else "pairs"
+                first = first or (kind, corpus[index].name)
+                if kind != first[0]:
+                    raise ValueError(f"{corpus[index].name} holds {kind} and {first[1]} holds {first[0]}, which no one "
+                                     "stage trains on together; prepare two folders, or make two thumbs of each pair "
+                                     "with --unpair=true")
+                raw.write(json.dumps({**row, "source": named[index]}) + "\n")
+                keys.append(key), sides.append(side), of.append(index)
+            left_out = ", ".join(f"{count:,} {reason}" for reason, count in sum(notes, Counter()).items() if count)
+            if not keys:
+                raise ValueError(f"no row of {from_model or sources} can be used"
+                                 + (f": {left_out}" if left_out else "; there is none"))
+            for name, least in (("margin", min_margin), ("agreement", min_agreement)):
+                if least > 0 and not counts[name]:
+                    raise ValueError(f"min_{name}={least:g} has nothing to look at: there is no {name} in any row")
+
+            # which rows are held out
+            held = [side == "val" or side is None and key < val_fraction * 2 ** 64 for key, side in zip(keys, sides)]
+            if not any(held):
+                held = [key == min(keys) for key in keys]
+            if all(held):
+                raise ValueError(f"all {len(held):,} rows of {from_model or sources} are held out and none is left to "
+                                 "train on; add some or lower --val_fraction")
+            raw.seek(0)
+            with contextlib.ExitStack() as stack:
+                files = [stack.enter_context(open(os.path.join(unfinished, f"{split}.jsonl"), "w", encoding="utf-8"))
+                         for split in ("train", "val")]
+                for line, is_held in zip(raw, held):
+                    files[is_held].write(line)
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
+        said = {source: dict(train=sum(i == index and not h for i, h in zip(of, held)),
+                             val=sum(i == index and h for i, h in zip(of, held)),
+                             dropped={reason: count for reason, count in note.items() if count},
+                             **({"measured": corpus[index].measured} if from_model else {}))
+                for index, (source, note) in enumerate(zip(named, notes))}
+        with open(os.path.join(unfinished, "about.json"), "w", encoding="utf-8") as file:
+            json.dump(dict(kind=first[0], options=options, sources=said), file, indent=2)
+        publish(unfinished, out_dir, last="train.jsonl")
+    except OSError as error:
+        raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
+                         "--out_dir; what it held before is untouched") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(out_dir)                                   # only if it is empty
+
+    # what came of it
+    kind = first[0]
+    for name, what in said.items():
+        dropped = "".join(f"; {count:,} {reason}, dropped" for reason, count in what["dropped"].items())
+        measured = "".join(f", {name} {value:,.4g}" for name, value in what.get("measured", {}).items())
+        print(f"{name}: {what['train'] + what['val']:,} {kind}{measured}{dropped}")
+    print(f"{len(held) - sum(held):,} {kind} to train on, {sum(held):,} held out, in "
+          f"{time.perf_counter() - started:.1f} s, written into {out_dir}")
+    if show:
+        print_rows(out_dir, show)
+
+
+def about(folder):
+    """What about.json of a folder says; {} if it is missing or damaged."""
+    try:
+        with open(os.path.join(folder, "about.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def print_rows(folder, count):
+    """Prints rows spread over the training side: the prompt, and the answers with + for the better, - for the worse."""
+    with open(os.path.join(folder, "train.jsonl"), encoding="utf-8") as file:
+        lines = file.readlines()
+    colours = (COLOUR, RED, PLAIN) if sys.stdout.isatty() else ("", "", "")
+    for i in sorted({round(k * (len(lines) - 1) / max(1, count - 1)) for k in range(count)}):
+        row = json.loads(lines[i])
+        margin = f", margin {row['margin']:g}" if "margin" in row else ""
+        print(f"\n--- row {i:,} of {row['source']}{margin}")
+        for message in row["prompt"]:
+            print(CONTROL.sub("\ufffd", f"{message['role']}: {message['content']}"))
+        for name, good in (("chosen", True), ("rejected", False), ("completion", row.get("label"))):
+            if name in row:
+                text = CONTROL.sub("\ufffd", row[name][0]["content"])
+                print(f"{colours[0] if good else colours[1]}{'+' if good else '-'} {text}{colours[2]}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files to batches
 
 
 def read(folder, split, answers):
@@ -66,7 +255,8 @@ def fault(row, answers):
     if "completion" in answers and not isinstance(row.get("label"), bool):
         return f"has label={row.get('label')!r:.40}, not true or false"
     margin = row.get("margin")
-    if not isinstance(margin, (int, float, type(None))) or isinstance(margin, bool) or margin and abs(margin) > 1e30:
+    if not isinstance(margin, (int, float, type(None))) or isinstance(margin, bool) or not math.isfinite(
+            margin or 0):
         return f"has margin={margin!r:.40}, not a number"
 
 
@@ -128,6 +318,7 @@ class Pairs:
             for column, value in zip((self.prompts, self.chosen, self.rejected, self.rows), (prompt, *ids, row)):
                 column.append(value)
         finish(self)
+        import torch  # not at the top: preparing data starts without it
         self.margins = torch.tensor([float(row.get("margin") or 0) for row in self.rows])
         self.fingerprint = fingerprint(self.prompts, self.chosen, self.rejected)
 
@@ -136,6 +327,7 @@ class Pairs:
 
     def packed(self, indices, device="cpu"):
         """The Packed row of these pairs, their answers in the order chosen, rejected, chosen, rejected, ..."""
+        from packing import pack
         return pack([(self.prompts[i], [self.chosen[i], self.rejected[i]]) for i in indices], device)
 
 
@@ -154,6 +346,7 @@ class Thumbs:
             for column, value in zip((self.prompts, self.completions, self.rows), (prompt, *ids, row)):
                 column.append(value)
         finish(self)
+        import torch  # not at the top: preparing data starts without it
         self.labels = torch.tensor([row["label"] for row in self.rows])
         self.fingerprint = fingerprint(self.prompts, self.completions, [self.labels.int().tolist()])
 
@@ -162,6 +355,7 @@ class Thumbs:
 
     def packed(self, indices, device="cpu"):
         """The Packed row of these answers, each after its prompt."""
+        from packing import pack
         return pack([(self.prompts[i], [self.completions[i]]) for i in indices], device)
 
 

@@ -311,11 +311,11 @@ def mix(corpus, max_bytes, notes):
         notes["empty documents skipped"] += not begun
 
 
-def publish(unfinished, out_dir):
-    """Moves the finished files of prepared data into out_dir, train.h5 last: where it stands, the data is complete."""
+def publish(unfinished, out_dir, last="train.h5"):
+    """Moves the finished files of prepared data into out_dir, `last` last: where it stands, the data is complete."""
     with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out_dir, "train.h5"))
-    for name in sorted(os.listdir(unfinished), key=lambda name: name == "train.h5"):
+        os.remove(os.path.join(out_dir, last))
+    for name in sorted(os.listdir(unfinished), key=lambda name: name == last):
         os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
     if os.name == "posix":                                      # the names themselves
         folder = os.open(out_dir, os.O_RDONLY)
