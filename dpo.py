@@ -315,9 +315,9 @@ def frozen_copy(model):
 
 
 def answer_logps(model, packed):
-    """(A,) log-probabilities of the answers, in nats, without gradients."""
-    with torch.no_grad():
-        return -packed.by_answer(model(packed.ids, packed.targets, **packed.layout)).sum(1)
+    """(A,) log-probabilities of the answers, in nats. A reference has no gradients of its own and is not to be called
+    under no_grad beside a policy that is not: other kernels round otherwise, and the loss would not begin at ln 2."""
+    return -packed.by_answer(model.forward(packed.ids, packed.targets, **packed.layout)).sum(1)  # past DDP's hooks
 
 
 def weights_fingerprint(model):
@@ -547,8 +547,9 @@ def main(config):
         terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, config), -logp_A[label_A].sum(),
                  nll_1N.sum() + logp_A[~label_A].sum())
         rest = count(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N, paired)
-        return terms, torch.tensor([float(x) for x in (*terms, *rest)], dtype=torch.float64)
+        return terms, torch.tensor([*(term.item() for term in terms), *map(float, rest)], dtype=torch.float64)
 
+    @torch.no_grad()
     def divergence(pairs, numbers, parts):
         """KTO's z_0: the mean log-ratio of mismatched answers, at least 0; over the whole step, so that it does not
         depend on how the step is split. `parts`: this rank's places in `numbers`, a micro-batch each."""
@@ -604,7 +605,7 @@ def main(config):
             if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
                 run.log(step, done, **metrics)
             accuracy = sum(metrics.get(f"eval_accuracy/{task}", 0.0) for task in asked)
-            standing = [accuracy, -metrics["eval_loss"]]    # by accuracy where there is one: the loss may fall without it
+            standing = [accuracy, -metrics["eval_loss"]]    # by accuracy, if asked for: the loss may fall without it
             best = standing > run.extra.get("best", [-math.inf, -math.inf])
             run.extra.update(guard=guard.state(), evaluated=step, best=standing if best else run.extra["best"])
             began = run.extra.setdefault("began", {name: metrics.get(f"eval_{name}") for name in
