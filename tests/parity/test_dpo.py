@@ -13,8 +13,8 @@ trl = pytest.importorskip("trl", reason="trl is not installed (requirements-test
 datasets = pytest.importorskip("datasets")
 
 VOCAB = 64
-GROUPS = [([5, 6, 7], [[8, 9, 12, 2], [8, 2]]), ([5], [[3], [4, 4, 4, 2]]), ([11, 6], [[30, 31, 2], [40, 41, 42, 43, 2]]),
-          ([9, 9, 9, 9], [[50, 2], [51, 2]])]
+GROUPS = [([5, 6, 7], [[8, 9, 12, 2], [8, 2]]), ([5], [[3], [4, 4, 4, 2]]), ([9, 9, 9, 9], [[50, 2], [51, 2]]),
+          ([11, 6], [[30, 31, 2], [40, 41, 42, 43, 2]])]
 THEIRS = dict(exo="exo_pair", nca="nca_pair", bco="bco_pair", sppo="sppo_hard")
 OPTIONS = dict(beta=0.3, label_smoothing=0.0, simpo_gamma=0.5, discopop_tau=0.05, desirable_weight=1.3,
                undesirable_weight=0.7)
@@ -65,7 +65,7 @@ def ours(folder, losses, options, groups=GROUPS, label_A=None, kl=0.0, orpo=Fals
              nll_1N.sum() + logp_A[~label_A].sum()]
     sums = dpo.count(packed, label_A, logp_A, options["beta"] * (logp_A - ref_A), dpo.mean_logits(model, hidden[0]),
                      entropy_1N, paired)
-    metrics = dpo.summarise(dict(zip(dpo.SUMS, [float(x.detach() if hasattr(x, 'detach') else x) for x in (*terms, *sums)])), losses)
+    metrics = dpo.summarise(dict(zip(dpo.SUMS, [x.item() for x in terms] + [float(x) for x in sums])), losses)
     data = types.SimpleNamespace(prompts=[p for p, _ in groups], completions=[a[0] for _, a in groups], labels=label_A)
     if paired:
         data = dpo.Pairs.__new__(dpo.Pairs)
@@ -199,7 +199,8 @@ def test_orpo_is_that_of_orpotrainer(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, options, sft", [
-    ("cpo", dict(loss_type="sigmoid"), 1.0), ("cpo", dict(loss_type="sigmoid", label_smoothing=0.2, cpo_alpha=0.5), 0.5),
+    ("cpo", dict(loss_type="sigmoid"), 1.0),
+    ("cpo", dict(loss_type="sigmoid", label_smoothing=0.2, cpo_alpha=0.5), 0.5),
     ("simpo", dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.7), 0.0)])
 def test_cpo_and_simpo_are_those_of_cpotrainer(folder, tmp_path, name, options, sft):
     theirs, their, _, batch = experimental("cpo", folder, tmp_path, **options)
