@@ -210,25 +210,23 @@ ALIASES = dict(dpo="sigmoid", exo_pair="exo", nca_pair="nca", bco_pair="bco", sp
 SFT_WEIGHTS = dict(cpo=1.0, orpo=0.0, simpo=0.0, kto=0.0)       # where sft_weight is -1; 0.1 for the others
 
 
-def read_losses(text, options):
+def read_losses(text, e=0.0, weight=-1.0):
     """({name: weight} of "sigmoid=1,ipo=0.5", weight of the SFT term); ValueError on anything else, with the list of
-    names, and on options that these losses would not read or cannot bear."""
+    names, and on label_smoothing e or sft_weight `weight` that these losses do not read or cannot bear."""
     losses = {}
-    for name, weight in split_weights(text):
+    for name, share in split_weights(text):
         name = ALIASES.get(name, name)
         if name not in LOSSES:
             raise ValueError(f"there is no loss {name!r}; there are {', '.join([*LOSSES, *ALIASES])}, and the SFT term "
                              "is --sft_weight")
-        losses[name] = 1.0 if weight is None else weight
+        losses[name] = 1.0 if share is None else share
         if losses[name] <= 0:
-            raise ValueError(f"the weight of a loss must be above 0, got {weight:g} for {name}")
+            raise ValueError(f"the weight of a loss must be above 0, got {share:g} for {name}")
     if not losses or "kto" in losses and len(losses) > 1:
         raise ValueError(f"--loss is one loss or several of pairs, while kto stands alone; got {text!r}")
-    e = options["label_smoothing"]
     if e and not any("label_smoothing" in LOSSES[name] for name in losses) or e >= 0.5:
         readers = [name for name in LOSSES if "label_smoothing" in LOSSES[name]]
         raise ValueError(f"--label_smoothing={e} must be below 0.5, and 0 but for {', '.join(readers)}; got {text}")
-    weight = options["sft_weight"]
     if weight < 0 and weight != -1:
         raise ValueError(f"--sft_weight must be at least 0, or -1 for the loss's own, got {weight}")
     return losses, weight if weight >= 0 else max(SFT_WEIGHTS.get(name, 0.1) for name in losses)
@@ -458,7 +456,9 @@ def main(config):
     if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
         raise SystemExit(f"dpo.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
                          "choose another --out_dir")
-    losses, sft = read_losses(config["loss"], config)
+    how = dict(beta=beta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma, discopop_tau=discopop_tau,
+               desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    losses, sft = read_losses(config["loss"], label_smoothing, sft_weight)
     single, compared = "kto" in losses, any("logps" not in LOSSES[name][1] for name in losses)
     if reference not in ("auto", "stored") or reference == "stored" and (single or not compared):
         raise SystemExit(f"dpo.py: reference must be auto, or stored for losses with a reference other than kto (whose "
@@ -544,7 +544,7 @@ def main(config):
         logp_A = -packed.by_answer(nll_1N).sum(1)
         kind = LOSSES[next(iter(losses))][1]
         reward_A = beta * (logp_A - ref_A if compared else logp_A / packed.lengths if "mean" in kind else logp_A)
-        terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, config), -logp_A[label_A].sum(),
+        terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, how), -logp_A[label_A].sum(),
                  nll_1N.sum() + logp_A[~label_A].sum())
         rest = count(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N, paired)
         return terms, torch.tensor([*(term.item() for term in terms), *map(float, rest)], dtype=torch.float64)

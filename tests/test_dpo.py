@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--pairs_per_step=8", "--device=cpu", "--dtype=fp32", "--eval_every=6", "--eval_pairs=10", "--samples=1",
         "--lr=0.003", "--warmup_steps=2", "--curves=false", "--max_steps=18"]
 OPTIONS = dict(beta=0.1, label_smoothing=0.0, simpo_gamma=0.5, discopop_tau=0.05, desirable_weight=1.0,
-               undesirable_weight=1.0, sft_weight=-1.0)
+               undesirable_weight=1.0)
 PAIRED = [name for name in dpo.LOSSES if name != "kto"]
 
 
@@ -99,8 +99,8 @@ def test_simpos_margin_is_not_multiplied_by_beta_and_its_sft_term_is_off():
     a, b = torch.tensor([-1.0]), torch.tensor([-1.5])
     expected = -torch.nn.functional.logsigmoid(2.0 * (a - b) - 0.5)             # mistake 21
     torch.testing.assert_close(dpo.simpo(a, b, 2.0, 0.5), expected)
-    assert dpo.read_losses("simpo", OPTIONS) == ({"simpo": 1.0}, 0.0)
-    assert dpo.read_losses("dpo=1,ipo=.5", OPTIONS) == ({"sigmoid": 1.0, "ipo": 0.5}, 0.1)
+    assert dpo.read_losses("simpo") == ({"simpo": 1.0}, 0.0)
+    assert dpo.read_losses("dpo=1,ipo=.5") == ({"sigmoid": 1.0, "ipo": 0.5}, 0.1)
 
 
 @pytest.mark.parametrize("x", [-1e-8, -1e-3, -0.6931, -0.6932, -50.0, -1e4])
@@ -196,7 +196,7 @@ def call(script, *flags, ranks=1, **options):
     launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                   f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, script, *flags], cwd=ROOT, capture_output=True, text=True, env=env, timeout=90,
+    return subprocess.run([*launch, script, *flags], cwd=ROOT, capture_output=True, text=True, env=env, timeout=180,
                           **options)
 
 
@@ -289,9 +289,8 @@ def test_a_run_killed_at_any_moment_resumes_bitwise(folder, whole, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("flags", [["--loss=sigmoid=1,ipo=0.001"], ["--loss=orpo"], ["--loss=kto"],
-                                   ["--loss=kto", "--data={folder}/thumbs", "--sft_weight=0.1"],
-                                   ["--method=lora", "--lr=0.01"]])
+@pytest.mark.parametrize("flags", [["--method=lora", "--lr=0.01"], ["--loss=orpo"],
+                                   ["--loss=kto", "--data={folder}/thumbs", "--sft_weight=0.1"]])
 def test_two_ranks_that_accumulate_equal_one_that_does_not(folder, tmp_path, flags):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [flag.format(folder=folder) for flag in flags] + ["--max_steps=5"]
@@ -312,7 +311,8 @@ def test_every_loss_trains(folder, tmp_path, loss, monkeypatch):
     in_process(folder, tmp_path, monkeypatch, loss=loss, max_steps=6, lr=0.003)
     records = steps(tmp_path)
     assert all(math.isfinite(x) for record in records for x in record.values())
-    assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
+    held_out = [record["eval_loss"] for record in log(tmp_path) if "eval_loss" in record]
+    assert held_out[-1] < held_out[0]
 
 
 def in_process(folder, out_dir, monkeypatch, **changes):
@@ -385,9 +385,16 @@ def test_what_is_displaced_is_said():
     (["--loss=aot", "--micro_pairs=4"], "aot sorts"), (["--epochs=0", "--max_steps=0"], "nothing to do"),
     (["--eval_tasks=sortin"], "eval_tasks names 'sortin'"), (["--context=500"], "is longer than the 128 tokens"),
     (["--pairs_per_step=6", "--micro_pairs=4"], "is not a multiple of")])
-def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
+def test_bad_input_is_one_sentence(folder, tmp_path, monkeypatch, flags, said):
     if not (folder / "reward").exists():
         ScalarHead(GPT.load(str(folder / "sft")).config).save(folder / "reward")
-    result = run(folder, tmp_path / "bad", *(flag.format(folder) for flag in flags))
-    assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    given = dict(flag.format(folder)[2:].split("=", 1) for flag in flags)
+    with pytest.raises((SystemExit, ValueError)) as error:      # configure prints either without a traceback
+        in_process(folder, tmp_path / "bad", monkeypatch,
+                   **{name: type(getattr(dpo, name))(value) for name, value in given.items()})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_refusal_ends_the_script_without_a_traceback(folder, tmp_path):
+    result = run(folder, tmp_path / "bad", "--loss=dop")
+    assert result.returncode == 1 and "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
