@@ -149,7 +149,7 @@ def test_kto_is_that_of_ktotrainer_where_the_divergence_is_clamped_and_where_it_
     packed = pack(dpo.mismatched(data, range(4), range(4), 64))
     policy, reference = (GPT.load(str(folder / name)) for name in names)
     raw = (dpo.answer_logps(policy, packed) - dpo.answer_logps(reference, packed)).mean().item()
-    assert (raw > 0) == (names[0] == "policy")
+    assert (raw > 0) == (names[0] == "reference")
     kl = max(0.0, raw)
     assert kl == pytest.approx(trainer._metrics["eval"]["kl"][-1], abs=1e-4)
     packed = pack(groups)
