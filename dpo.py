@@ -1,0 +1,666 @@
+"""Direct preference optimization: a model learns from which of two answers is better, without a reward model.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290) and the losses that followed it, each with its paper; KTO needs no pairs.
+
+    python data.py --kind=pairs --from_model=out/sft --task=addition --out_dir=data/pairs
+    python dpo.py --data=data/pairs --init_from=out/sft --eval_tasks=addition
+    python dpo.py --data=data/pairs --init_from=out/sft --loss=simpo --beta=2 --out_dir=out/simpo
+
+Shapes: P pairs, A answers (2P, or those of thumbs), L tokens of the longest answer, N tokens of the packed row. A step
+is one optimizer update.
+"""
+import contextlib
+import copy
+import hashlib
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+import common
+import engine
+import lora
+import optim
+from configurator import configure
+from formats import split_weights
+from model import GPT, fetch, read_json
+from packing import pack
+from pairs import PairBatches, Pairs, ThumbBatches, Thumbs, fixed_pairs
+from tasks import TASKS
+from tokenizer import Tokenizer
+
+# --- run ---
+out_dir = "out/dpo"         # model directory to write, with its log and resume state
+init_from = "out/sft"       # model directory to start from, or hub:ORG/NAME; it is the reference too
+resume = False              # go on with the run in out_dir, exactly where its newest saved state stands
+overwrite = False           # replace a run that out_dir already holds
+seed = 1337                 # order of the data and adapters
+device = "auto"             # auto, cuda, mps or cpu
+dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
+# --- data ---
+data = "data/pairs"         # folder written by data.py --kind=pairs: pairs, or thumbs for kto
+context = 0                 # longest prompt with an answer, in tokens; longer ones are cut; 0: the model's
+pairs_per_step = 64         # global batch in pairs (or thumbs) = micro_pairs * accumulation * ranks
+micro_pairs = 0             # pairs of one forward pass on one rank; lower it if memory runs out; 0: all at once
+# --- method ---
+loss = "sigmoid"            # one of the losses below, or several with weights as in "sigmoid=1,ipo=0.5"
+beta = 0.1                  # pull towards the reference: larger stays closer; simpo wants 2 or more
+sft_weight = -1.0           # of the chosen answers' mean nll per token (RPO); -1: 1 for cpo, 0 for orpo, simpo and kto,
+                            # 0.1 for others, which otherwise push down both answers where pairs are alike
+label_smoothing = 0.0       # share of labels thought wrong: sigmoid (cDPO), robust, exo (0: 0.001), aot, cpo, simpo
+simpo_gamma = 0.5           # margin that simpo wants beyond zero, not multiplied by beta
+discopop_tau = 0.05         # temperature of discopop's switch between its two losses
+desirable_weight = 1.0      # kto: of thumbs up
+undesirable_weight = 1.0    # kto: of thumbs down; keep weight times count of the two alike
+reference = "auto"          # auto (adapters off under lora, else a frozen copy) or stored (computed once, beforehand)
+reference_dir = ""          # folder of the stored reference, to share it between runs; empty: out_dir
+method = "full"             # full or lora (adapters beside frozen weights)
+lora_rank = 8               # rank of the adapters; higher learns more and costs more
+lora_alpha = 16.0           # their scale is alpha / rank
+lora_targets = "all"        # layers with adapters: all of the blocks, or names such as q_proj,v_proj,lm_head
+rslora = False              # scale by alpha / sqrt(rank): for high ranks
+checkpointing = False       # recompute activations in backward: less memory, a third more time
+# --- optimizer ---
+optimizer = "adamw"         # adamw, or muon for the matrices of the blocks (full alone)
+lr = 5e-5                   # peak rate of AdamW; large models want 5e-7 to 5e-6, adapters ten times that
+matrix_lr = 0.001           # peak rate of Muon
+embed_lr = 0.0              # peak rate of the embedding; 0: lr
+weight_decay = 0.0          # on matrices only
+beta1 = 0.9                 # AdamW's decay of the mean gradient
+beta2 = 0.95                # AdamW's decay of the mean squared gradient
+momentum = 0.9              # Muon's
+grad_clip = 1.0             # largest gradient norm; 0: no clipping
+# --- schedule ---
+epochs = 1.0                # passes over the pairs, if max_steps is 0
+max_steps = 0               # optimizer updates; the decay ends here; 0: as many as the epochs have
+max_seconds = 0.0           # end decay and training after this many seconds, if that comes first; evaluation follows
+schedule = "cosine"         # cosine, wsd (warmup, stable, linear decay) or constant
+warmup_steps = 10           # linear warmup
+final_lr = 0.1              # last learning rate as a share of the peak
+# --- evaluation and log ---
+eval_every = 25             # steps between evaluations; each one saves, as the end of the run does
+eval_pairs = 500            # held-out pairs to evaluate on, always the same; 0: all
+eval_tasks = ""             # tasks of tasks.py to answer greedily at each evaluation: best/ then goes by them
+eval_questions = 100        # questions of each, from its dev split
+samples = 2                 # held-out prompts answered and printed at each evaluation; 0: none
+spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
+spike_patience = 10         # stop after this many skipped updates in a row
+curves = True               # draw curves.png at the end
+report_to = ""              # wandb or tensorboard, if installed
+
+
+# --- losses: (P,) from a and b (P,), which speak of the chosen and the rejected answer. They are the log-ratios
+#     log pi(y|x) - log ref(y|x), summed over the answer's tokens, in nats; LOSSES says where they are anything else ---
+
+def sigmoid(a, b, beta, label_smoothing=0.0):
+    """DPO, eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290): -log sigmoid(beta (a - b)). With label_smoothing e it is
+    cDPO (Mitchell 2023), -(1 - e) log sigmoid(z) - e log sigmoid(-z); on log-probabilities CPO's preference term, eq. 3
+    of Xu et al. 2024 (arXiv:2401.08417); on means per token the length-normalised DPO of Tulu 3 (arXiv:2411.15124)."""
+    z = beta * (a - b)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+
+
+def robust(a, b, beta, label_smoothing=0.0):
+    """rDPO, Chowdhury et al. 2024 (arXiv:2403.00409), unbiased under a share label_smoothing of flipped labels."""
+    z, e = beta * (a - b), label_smoothing
+    return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
+
+
+def hinge(a, b, beta):
+    """SLiC (Zhao et al. 2023, arXiv:2305.10425) on log-ratios, as in RSO (Liu et al. 2023, arXiv:2309.06657)."""
+    return torch.relu(1 - beta * (a - b))
+
+
+def ipo(a, b, beta):
+    """IPO, eq. 17 of Azar et al. 2023 (arXiv:2310.12036), on log-ratios per token, as its authors ran it."""
+    return (a - b - 1 / (2 * beta)) ** 2
+
+
+def exo(a, b, beta, label_smoothing=0.0):
+    """EXO for pairs, eq. 16 of Ji et al. 2024 (arXiv:2402.00856): the KL divergence of the policy's preference, softmax
+    of beta (a, b), from the data's, (1 - e, e); e = 0 would be infinite and stands for 0.001."""
+    z, e = beta * (a - b), label_smoothing or 1e-3
+    return (torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-e))
+            + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(e)))
+
+
+def nca(a, b, beta):
+    """NCA for pairs, Chen et al. 2024 (arXiv:2402.05369): each answer against noise, so that a itself must rise."""
+    return -F.logsigmoid(beta * a) - 0.5 * F.logsigmoid(-beta * a) - 0.5 * F.logsigmoid(-beta * b)
+
+
+def bco(a, b, beta):
+    """BCO, Jung et al. 2024 (arXiv:2404.04656): a binary classifier of single answers, without its reward shift."""
+    return -F.logsigmoid(beta * a) - F.logsigmoid(-beta * b)
+
+
+def sppo(a, b, beta):
+    """SPPO, eq. 4.7 of Wu et al. 2024 (arXiv:2405.00675), the win probability being 1 for chosen, 0 for rejected."""
+    return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2
+
+
+def apo_zero(a, b, beta):
+    """APO-zero, eq. 7 of D'Oosterlinck et al. 2024 (arXiv:2408.06266): chosen up, rejected down."""
+    return 1 - torch.sigmoid(beta * a) + torch.sigmoid(beta * b)
+
+
+def apo_down(a, b, beta):
+    """APO-down, eq. 8 of the same: both down, rejected further. For chosen answers worse than the model's own."""
+    return torch.sigmoid(beta * a) + 1 - torch.sigmoid(beta * (a - b))
+
+
+def discopop(a, b, beta, discopop_tau=0.05):
+    """DiscoPOP, eq. 5 of Lu et al. 2024 (arXiv:2406.08414): (1 - g) -log sigmoid(z) + g exp(-z), g = sigmoid(z / tau);
+    the product is one exponential, so that a large negative z is not 0 times infinity."""
+    z = beta * (a - b)
+    return (-torch.sigmoid(-z / discopop_tau) * F.logsigmoid(z)
+            + torch.exp(F.logsigmoid(z / discopop_tau) - z))
+
+
+def aot(a, b, beta, label_smoothing=0.0):
+    """AOT, Melnyk et al. 2024 (arXiv:2406.05882): the chosen's distribution over the batch dominates the rejected's."""
+    return sigmoid(a.sort().values, b.sort().values, beta, label_smoothing)
+
+
+def simpo(a, b, beta, simpo_gamma=0.5, label_smoothing=0.0):
+    """SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): -log sigmoid(beta (a - b) - gamma) on mean log-probabilities
+    per token."""
+    return sigmoid(a - simpo_gamma / beta, b, beta, label_smoothing)
+
+
+def log1mexp(x):
+    """log(1 - e^x) for x < 0, without cancellation at either end (Maechler 2012)."""
+    x = x.clamp(max=-1e-10)
+    small = x.clamp(max=-math.log(2))       # each branch sees what it can bear: a gradient of the other would be NaN
+    return torch.where(x < -math.log(2), torch.log1p(-small.exp()), torch.log(-torch.expm1(x.clamp(min=-math.log(2)))))
+
+
+def log_odds_ratio(a, b):
+    """log of odds(chosen) / odds(rejected), odds = p / (1 - p), from mean log-probabilities per token."""
+    return a - b - (log1mexp(a) - log1mexp(b))
+
+
+def orpo(a, b, beta):
+    """ORPO's preference term, eq. 7 of Hong et al. 2024 (arXiv:2403.07691), times its lambda (beta). Its other term,
+    the nll of prompts with their chosen answers, is added in the step."""
+    return -beta * F.logsigmoid(log_odds_ratio(a, b))
+
+
+def kto(ratio_A, label_A, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
+    """KTO, section 4 of Ethayarajh et al. 2024 (arXiv:2402.01306), (A,) from single answers:
+
+        lambda_D (1 - sigmoid(beta (ratio - kl)))  if desirable,  else  lambda_U (1 - sigmoid(beta (kl - ratio)))
+
+    kl: z_0, the divergence from the reference, estimated on mismatched answers, at least 0, without gradient.
+    """
+    return torch.where(label_A, desirable_weight * torch.sigmoid(beta * (kl - ratio_A)),
+                       undesirable_weight * torch.sigmoid(beta * (ratio_A - kl)))
+
+
+LOSSES = dict(                  # name: function, what its a and b are, its options beside beta
+    sigmoid=(sigmoid, "ratios", "label_smoothing"), sigmoid_norm=(sigmoid, "mean ratios"),
+    robust=(robust, "ratios", "label_smoothing"), hinge=(hinge, "ratios"), ipo=(ipo, "mean ratios"),
+    exo=(exo, "ratios", "label_smoothing"), nca=(nca, "ratios"), bco=(bco, "ratios"), sppo=(sppo, "ratios"),
+    apo_zero=(apo_zero, "ratios"), apo_down=(apo_down, "ratios"), discopop=(discopop, "ratios", "discopop_tau"),
+    aot=(aot, "differences", "label_smoothing"), aot_unpaired=(aot, "ratios", "label_smoothing"),
+    cpo=(sigmoid, "logps", "label_smoothing"), simpo=(simpo, "mean logps", "simpo_gamma", "label_smoothing"),
+    orpo=(orpo, "mean logps"), kto=(kto, "ratios", "desirable_weight", "undesirable_weight"))
+ALIASES = dict(dpo="sigmoid", exo_pair="exo", nca_pair="nca", bco_pair="bco", sppo_hard="sppo")
+SFT_WEIGHTS = dict(cpo=1.0, orpo=0.0, simpo=0.0, kto=0.0)       # where sft_weight is -1; 0.1 for the others
+
+
+def read_losses(text, e=0.0, weight=-1.0):
+    """({name: weight} of "sigmoid=1,ipo=0.5", weight of the SFT term); ValueError on anything else, with the list of
+    names, and on label_smoothing e or sft_weight `weight` that these losses do not read or cannot bear."""
+    losses = {}
+    for name, share in split_weights(text):
+        name = ALIASES.get(name, name)
+        if name not in LOSSES:
+            raise ValueError(f"there is no loss {name!r}; there are {', '.join([*LOSSES, *ALIASES])}, and the SFT term "
+                             "is --sft_weight")
+        losses[name] = 1.0 if share is None else share
+        if losses[name] <= 0:
+            raise ValueError(f"the weight of a loss must be above 0, got {share:g} for {name}")
+    if not losses or "kto" in losses and len(losses) > 1:
+        raise ValueError(f"--loss is one loss or several of pairs, while kto stands alone; got {text!r}")
+    if e and not any("label_smoothing" in LOSSES[name] for name in losses) or e >= 0.5:
+        readers = [name for name in LOSSES if "label_smoothing" in LOSSES[name]]
+        raise ValueError(f"--label_smoothing={e} must be below 0.5, and 0 but for {', '.join(readers)}; got {text}")
+    if weight < 0 and weight != -1:
+        raise ValueError(f"--sft_weight must be at least 0, or -1 for the loss's own, got {weight}")
+    return losses, weight if weight >= 0 else max(SFT_WEIGHTS.get(name, 0.1) for name in losses)
+
+
+def scores(kind, logp_A, ref_A, n_A):
+    """What a loss calls a and b, (P,) each, from the answers' log-probabilities and numbers of tokens."""
+    if kind == "differences":
+        return logp_A[0::2] - logp_A[1::2], ref_A[0::2] - ref_A[1::2]
+    x_A = logp_A - ref_A if "ratios" in kind else logp_A
+    x_A = x_A / n_A if "mean" in kind else x_A
+    return x_A[0::2], x_A[1::2]
+
+
+def loss_sum(losses, logp_A, ref_A, n_A, label_A, kl, options):
+    """The weighted losses, summed over pairs (kto: over answers)."""
+    total = 0.0
+    for name, weight in losses.items():
+        function, kind, *wanted = LOSSES[name]
+        own = {option: options[option] for option in ("beta", *wanted)}
+        if name == "kto":
+            values = kto(logp_A - ref_A, label_A, kl, **own)
+        else:
+            values = function(*scores(kind, logp_A, ref_A, n_A), **own)
+        total = total + weight * values.sum()
+    return total
+
+
+# --- what is learnt from ---
+
+def groups_of(data, indices):
+    """[(prompt, answers)] to pack: of pairs the chosen and the rejected answer, of thumbs the one there is."""
+    if isinstance(data, Pairs):
+        return [(data.prompts[i], [data.chosen[i], data.rejected[i]]) for i in indices]
+    return [(data.prompts[i], [data.completions[i]]) for i in indices]
+
+
+def holds_thumbs(folder):
+    """Whether the folder's first row is a single answer; False where there is no row, which Pairs says better."""
+    path = os.path.join(folder, "train.jsonl")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return '"completion":' in f.readline()
+
+
+def labels_of(data, indices):
+    """(A,) bool: which of the answers of groups_of are chosen (or desirable)."""
+    return torch.tensor([True, False] * len(indices)) if isinstance(data, Pairs) else data.labels[indices]
+
+
+def mismatched(data, numbers, places, context):
+    """Groups for KTO's divergence: the prompts at `places` of numbers, each with the answers of the one before it."""
+    groups = groups_of(data, numbers)
+    return [(groups[k][0], [answer[:max(1, context - len(groups[k][0]))] for answer in groups[k - 1][1]])
+            for k in places]
+
+
+def texts(packed, groups):
+    """(1, N) targets of the answers and of their prompts, which ORPO trains too; each prompt token once."""
+    targets, at = packed.targets.clone(), 0
+    for prompt, answers in groups:
+        targets[0, at:at + len(prompt) - 1] = packed.ids.new_tensor(prompt[1:])
+        at += len(prompt) - 1 + sum(len(answer) + 1 for answer in answers)
+    return targets
+
+
+def mean_loss(terms, data, numbers, losses, sft):
+    """The mean loss of data's `numbers` from TERMS, sums over them or over some of them: pair losses per pair (kto: per
+    answer), sft times the chosen answers' nats per token, and ORPO's nats per token of prompts and chosen answers."""
+    groups, labels = groups_of(data, numbers), labels_of(data, numbers)
+    chosen = sum(len(answers[0]) for (_, answers), label in zip(groups, labels[::len(groups[0][1])]) if label)
+    text = chosen + sum(len(prompt) - 1 for prompt, _ in groups)
+    pair_losses, chosen_nats, text_nats = terms
+    return (pair_losses / (len(labels) if "kto" in losses else len(numbers)) + sft * chosen_nats / max(1, chosen)
+            + losses.get("orpo", 0.0) * text_nats / text)
+
+
+# --- the reference ---
+
+def frozen_copy(model):
+    """The model as it is now: a copy that shares nothing with it and has no gradients."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def answer_logps(model, packed):
+    """(A,) log-probabilities of the answers, in nats. A reference has no gradients of its own and is not to be called
+    under no_grad beside a policy that is not: other kernels round otherwise, and the loss would not begin at ln 2."""
+    return -packed.by_answer(model.forward(packed.ids, packed.targets, **packed.layout)).sum(1)  # past DDP's hooks
+
+
+def weights_fingerprint(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stored_logps(path, weights, splits, compute, micro, run):
+    """[(P, 2) log-probabilities of each split's pairs under the reference], from `path`, or computed and written there.
+    ValueError if what is stored is of another model or other data."""
+    wanted = dict(weights=weights, data=[pairs.fingerprint for pairs in splits])
+    if os.path.exists(path):
+        try:
+            found = torch.load(path, weights_only=True)
+            same = {name: found[name] == wanted[name] for name in wanted}
+        except Exception as error:
+            raise ValueError(f"the stored reference {path} is damaged ({type(error).__name__}); remove it") from None
+        for name in (name for name in wanted if not same[name]):
+            raise ValueError(f"the stored reference {path} is of other {name}: {found[name]}, and this run has "
+                             f"{wanted[name]}; remove it, or choose another --reference_dir")
+        return [logps.to(run.device) for logps in found["logps"]]
+    run.print("computing the reference's log-probabilities of all pairs once")
+    tables = []
+    for pairs in splits:
+        logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        for indices in (indices for indices in fixed_pairs(pairs, micro, 0, run.rank, run.world_size) if indices):
+            logps[indices] = compute(pairs.packed(indices, run.device)).view(-1, 2).cpu().double()
+        tables.append(run.total(logps).float())
+    if run.is_main:
+        common.write_atomic(path, lambda f: torch.save(dict(**wanted, logps=tables), f))
+    run.barrier()
+    return [logps.to(run.device) for logps in tables]
+
+
+# --- metrics, by trl's names ---
+
+TERMS = ("pair_losses", "chosen_nats", "text_nats")             # of the loss: see mean_loss
+SIDES = ("chosen", "rejected")
+COLUMNS = ("answers", "rewards", "logps", "tokens", "logits")   # of each side
+SUMS = (*TERMS, "processed", "entropy", *(f"{name}/{side}" for side in SIDES for name in COLUMNS),
+        "pairs", "right", "log_odds", "log_odds_ratio")
+
+
+@torch.no_grad()
+def count(packed, label_A, logp_A, reward_A, logits_1N, entropy_1N, paired):
+    """The rest of SUMS over a micro-batch, in that order."""
+    columns = torch.stack([torch.ones_like(logp_A), reward_A, logp_A, packed.lengths.float(),
+                           packed.by_answer(logits_1N).sum(1)], 1)
+    sums = [packed.ids.numel(), packed.by_answer(entropy_1N).sum(), *columns[label_A].sum(0), *columns[~label_A].sum(0)]
+    if not paired:
+        return [*sums, 0, 0, 0, 0]
+    log_odds = log_odds_ratio(*scores("mean logps", logp_A, None, packed.lengths))
+    right = reward_A[0::2] > reward_A[1::2]
+    return [*sums, len(right), right.sum(), log_odds.sum(), F.logsigmoid(log_odds).sum()]
+
+
+def summarise(sums, losses):
+    """Metrics from {name of SUMS: its value over all micro-batches and ranks}; none of a side without answers."""
+    metrics = {}
+    for name in ("rewards", "logps", "logits"):
+        for side in (side for side in SIDES if sums[f"answers/{side}"]):
+            n = sums[f"tokens/{side}" if name == "logits" else f"answers/{side}"]
+            metrics[f"{name}/{side}"] = sums[f"{name}/{side}"] / n
+    if len(metrics) == 6:
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if sums["pairs"]:
+        metrics["rewards/accuracies"] = sums["right"] / sums["pairs"]
+    if "orpo" in losses:
+        metrics |= {name: sums[name] / sums["pairs"] for name in ("log_odds_ratio", "log_odds")}
+        metrics["log_odds_chosen"] = metrics.pop("log_odds")
+    return metrics | dict(entropy=sums["entropy"] / (sums["tokens/chosen"] + sums["tokens/rejected"]))
+
+
+def mean_logits(model, hidden):
+    """(1, N) means over the vocabulary of the logits: the product with the head's mean row."""
+    with torch.no_grad():
+        hidden, weight = model.lm_head.folded(hidden)
+        return hidden.float() @ weight.float().mean(0)
+
+
+def greedy_accuracy(model, tokenizer, task, n_questions):
+    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
+    questions = list(TASKS[task].questions("dev", limit=n_questions))
+    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
+    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
+    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
+                for question, answer in zip(questions, answers)]
+    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
+
+
+def answer_text(tokenizer, answer):
+    """What was generated, without the id that ended it."""
+    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
+
+
+def print_samples(model, tokenizer, pairs, count, run):
+    """Prints the first held-out prompts and the model's greedy answers."""
+    for prompt in pairs.prompts[:count]:
+        [answer] = engine.generate(model, [prompt], max_new_tokens=128, temperature=0)
+        text = tokenizer.decode(prompt) + answer_text(tokenizer, answer)
+        run.print("  sample: " + text.replace("\n", "\n  | "))
+
+
+def displaced(began, metrics):
+    """Whether the chosen answers became clearly less likely while the margins rose (likelihood displacement, Razin et
+    al. 2024, arXiv:2410.08847)."""
+    now = [metrics.get(f"eval_{name}") for name in ("logps/chosen", "rewards/margins")]
+    if None in (*now, *began.values()):
+        return False
+    return now[0] < 1.05 * began["logps/chosen"] and now[1] > began["rewards/margins"]
+
+
+def main(config):
+    least = dict(epochs=0, max_steps=0, eval_every=1, context=0, pairs_per_step=1, micro_pairs=0, eval_pairs=0,
+                 eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
+                 max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0,
+                 spike_patience=1, beta=1e-9, label_smoothing=0, simpo_gamma=0, discopop_tau=1e-9, desirable_weight=0,
+                 undesirable_weight=0)
+    for name in (name for name in least if config[name] < least[name]):
+        raise SystemExit(f"dpo.py: --{name} must be at least {least[name]}, got {config[name]}")
+    if not epochs and not max_steps:
+        raise SystemExit("dpo.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
+    if report_to not in ("", "wandb", "tensorboard"):
+        raise SystemExit(f"dpo.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
+    if method not in ("full", "lora"):
+        raise SystemExit(f"dpo.py: method must be full or lora, got {method!r}")
+    if method != "full" and optimizer != "adamw":
+        raise SystemExit(f"dpo.py: --method={method} trains with adamw, got --optimizer={optimizer}")
+    asked = [name.strip() for name in eval_tasks.split(",") if name.strip()]
+    for name in (name for name in asked if name not in TASKS or not TASKS[name].generated):
+        raise SystemExit(f"dpo.py: eval_tasks names {name!r}; tasks that make up their questions are "
+                         f"{', '.join(name for name, task in TASKS.items() if task.generated)}")
+    optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
+    if max(beta1, beta2, momentum) >= 1:
+        raise SystemExit(f"dpo.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
+    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
+        raise SystemExit(f"dpo.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
+                         "choose another --out_dir")
+    how = dict(beta=beta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma, discopop_tau=discopop_tau,
+               desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    losses, sft = read_losses(config["loss"], label_smoothing, sft_weight)
+    single, compared = "kto" in losses, any("logps" not in LOSSES[name][1] for name in losses)
+    if reference not in ("auto", "stored") or reference == "stored" and (single or not compared):
+        raise SystemExit(f"dpo.py: reference must be auto, or stored for losses with a reference other than kto (whose "
+                         f"pairs are shuffled), got --reference={reference} --loss={config['loss']}")
+    paired = not holds_thumbs(data)
+    if not paired and not single:
+        raise SystemExit(f"dpo.py: {data} holds single answers with a thumb up or down, from which --loss=kto learns; "
+                         f"--loss={config['loss']} needs pairs")
+    folder = fetch(init_from)
+    if "SequenceClassification" in str(read_json(os.path.join(folder, "config.json"))):
+        raise SystemExit(f"dpo.py: {init_from} is a reward model, which gives numbers and no answers; begin from the "
+                         "model that sft.py wrote")
+    run = common.start(config)                              # ranks, device, seeds, out_dir
+    micro = micro_pairs or max(1, pairs_per_step // run.world_size)
+    accumulation, rest = divmod(pairs_per_step, micro * run.world_size)
+    if rest or not accumulation:
+        raise SystemExit(f"dpo.py: pairs_per_step={pairs_per_step} is not a multiple of micro_pairs * ranks = "
+                         f"{micro} * {run.world_size}")
+    if {"aot", "aot_unpaired"} & {*losses} and micro < pairs_per_step:
+        raise SystemExit("dpo.py: aot sorts the whole step's answers, so that micro_pairs must be pairs_per_step="
+                         f"{pairs_per_step}, on one rank; got {micro} on {run.world_size}")
+
+    # model
+    tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
+    if tokenizer.chat_end_id is None:
+        raise SystemExit(f"dpo.py: the tokenizer in {init_from} has no <|im_start|> and <|im_end|> to write chats "
+                         "with; begin from a model whose tokenizer has them")
+    T = context or model.config.context
+    if T > model.config.context:
+        raise SystemExit(f"dpo.py: --context={context} is longer than the {model.config.context} tokens that "
+                         f"{init_from} was trained on; lower it, or pretrain with a longer context first")
+    if tokenizer.chat_end_id not in model.config.stop_ids:
+        model.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
+    begun_from = f"{weights_fingerprint(model)} in {run.dtype}"
+    frozen = None
+    if compared and method == "full":
+        frozen = frozen_copy(model).to(run.device)
+        frozen.model.dtype = run.dtype
+    elif method == "lora":
+        lora.add(model, lora_rank, lora_alpha, lora_targets, rslora)    # no dropout: it would part policy and reference
+    model.model.checkpointing = checkpointing
+    model = run.parallel(model)
+    kept = {}                                               # the hidden states of the latest forward pass
+    model.model.register_forward_hook(lambda module, inputs, hidden: kept.update(hidden=hidden.detach()))
+
+    # data
+    batches = (PairBatches if paired else ThumbBatches)(data, "train", pairs_per_step, micro, T, seed, run.rank,
+                                                        run.world_size, tokenizer)
+    train, val = batches.pairs, (Pairs if paired else Thumbs)(data, "val", tokenizer, T)
+    n_val = min(len(val), eval_pairs or len(val))
+    if single and min(pairs_per_step, n_val) < 2:
+        raise SystemExit("dpo.py: kto estimates its divergence on prompts with the answers of other rows, so that "
+                         f"pairs_per_step and the held-out rows must be at least 2, got {pairs_per_step} and {n_val}")
+    held = (f"{len(train):,} {'pairs' if paired else 'answers'} {train.fingerprint} and {len(val):,} held out "
+            f"{val.fingerprint}, to train {begun_from}")
+    if run.state and run.state["extra"]["data"] != held:
+        raise SystemExit(f"dpo.py: --resume=true, but {data} and {init_from} held {run.state['extra']['data']} and now "
+                         f"hold {held}; restore them, or begin a new run")
+    last_step = max_steps or math.ceil(epochs * batches.steps_per_epoch)
+
+    # reference
+    def reference_logps(packed):
+        with lora.disabled(model) if frozen is None else contextlib.nullcontext():
+            return answer_logps(model if frozen is None else frozen, packed)
+
+    tables = {}
+    if reference == "stored":
+        path = os.path.join(reference_dir or out_dir, "reference.pt")
+        if run.is_main and overwrite and not reference_dir and os.path.exists(path):
+            os.remove(path)
+        run.barrier()
+        tables = dict(zip((train, val), stored_logps(path, begun_from, (train, val), reference_logps, micro, run)))
+        frozen = None
+
+    def forward(pairs, indices, kl):
+        """The three TERMS of the loss over a micro-batch, with gradients, and all of its SUMS."""
+        groups, label_A = groups_of(pairs, indices), labels_of(pairs, indices).to(run.device)
+        packed, ref_A = pack(groups, run.device), None
+        if compared:
+            ref_A = tables[pairs][indices].flatten() if tables else reference_logps(packed)
+        targets = texts(packed, groups) if "orpo" in losses else packed.targets
+        nll_1N, entropy_1N = model(packed.ids, targets, want_entropy=True, **packed.layout)
+        logp_A = -packed.by_answer(nll_1N).sum(1)
+        kind = LOSSES[next(iter(losses))][1]
+        reward_A = beta * (logp_A - ref_A if compared else logp_A / packed.lengths if "mean" in kind else logp_A)
+        terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, how), -logp_A[label_A].sum(),
+                 nll_1N.sum() + logp_A[~label_A].sum())
+        rest = count(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N, paired)
+        return terms, torch.tensor([*(term.item() for term in terms), *map(float, rest)], dtype=torch.float64)
+
+    @torch.no_grad()
+    def divergence(pairs, numbers, parts):
+        """KTO's z_0: the mean log-ratio of mismatched answers, at least 0; over the whole step, so that it does not
+        depend on how the step is split. `parts`: this rank's places in `numbers`, a micro-batch each."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for places in (places for places in parts if single and len(places)):
+            packed = pack(mismatched(pairs, numbers, places, T), run.device)
+            ratio_A = answer_logps(model, packed) - reference_logps(packed)
+            total += torch.tensor([ratio_A.sum().item(), len(ratio_A)], dtype=torch.float64)
+        ratios, n = run.total(total).tolist() if single else (0, 1)
+        return max(0.0, ratios / n)
+
+    def finish(sums, pairs, numbers, kl):
+        """The mean loss and the metrics of `numbers`, from this rank's share of the SUMS."""
+        totals = run.total(sums).tolist()
+        mean = mean_loss(totals[:3], pairs, numbers, losses, sft)
+        only = ({"orpo": 1.0}, 0.0) if "orpo" in losses else ({}, 1.0)      # the nll that is, or would be, trained
+        extra = dict(nll_loss=mean_loss([0.0, *totals[1:3]], pairs, numbers, *only)) | (dict(kl=kl) if single else {})
+        totals = dict(zip(SUMS, totals))
+        return mean, totals, summarise(totals, losses) | extra
+
+    @torch.no_grad()
+    def evaluate():
+        """eval_ metrics over the first held-out pairs, each once."""
+        numbers, parts = range(n_val), list(fixed_pairs(val, micro, n_val, run.rank, run.world_size))
+        kl, sums = divergence(val, numbers, parts), torch.zeros(len(SUMS), dtype=torch.float64)
+        for indices in filter(None, parts):
+            sums += forward(val, indices, kl)[1]
+        mean, _, metrics = finish(sums, val, numbers, kl)
+        return {f"eval_{name}": value for name, value in dict(loss=mean, **metrics).items() if "logits" not in name}
+
+    # optimizer, and where the resumed run stopped
+    updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum, 5,
+                          run.dtype)
+    run.resume(model, updates)
+    run.extra["data"] = held
+    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.print(f"{trained / 1e6:.2f}M of {model.config.n_params() / 1e6:.2f}M parameters trained, {held}; "
+              f"{', '.join(f'{w:g} {name}' for name, w in losses.items())}, SFT term {sft:g}, {last_step} steps in all")
+    for cause, n in (item for pairs in (train, val) for item in pairs.dropped.items()):
+        run.print(f"left out: {n:,} rows {cause}")
+
+    for step in range(run.first_step, last_step + 1):
+        done = max(step / last_step, run.elapsed() / max_seconds if max_seconds else 0)
+        stopping = run.stop_requested()
+
+        # evaluate and save
+        if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
+            metrics = evaluate()
+            for task in asked if run.is_main else ():
+                right, formatted = greedy_accuracy(model, tokenizer, task, eval_questions)
+                metrics |= {f"eval_accuracy/{task}": right, f"eval_format/{task}": formatted}
+            if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
+                run.log(step, done, **metrics)
+            accuracy = sum(metrics.get(f"eval_accuracy/{task}", 0.0) for task in asked)
+            standing = [accuracy, -metrics["eval_loss"]]    # by accuracy, if asked for: the loss may fall without it
+            best = standing > run.extra.get("best", [-math.inf, -math.inf])
+            run.extra.update(guard=guard.state(), evaluated=step, best=standing if best else run.extra["best"])
+            began = run.extra.setdefault("began", {name: metrics.get(f"eval_{name}") for name in
+                                                   ("logps/chosen", "rewards/margins")})
+            if displaced(began, metrics):
+                run.print(f"  the chosen answers' log-probability fell from {began['logps/chosen']:.4g} to "
+                          f"{metrics['eval_logps/chosen']:.4g} while margins rose: what is preferred is being unlearnt "
+                          "too; raise --sft_weight or --beta, lower --lr, or stop at best/ (--eval_tasks)")
+            run.save(model, updates, step, tokenizer, best)
+            if run.is_main:
+                if method == "lora":
+                    lora.save(model, run.path("adapter"), base=init_from)
+                print_samples(model, tokenizer, val, samples, run)
+        elif stopping:
+            run.extra.update(guard=guard.state())
+            run.save(model, updates, step, tokenizer)
+        if done >= 1 or stopping:
+            break
+
+        # learning rate
+        begin = run.clock()
+        scale = optim.lr_scale(step, done, schedule, warmup_steps, final=final_lr)
+        for group in updates.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+        # gradients: one denominator for the whole step, all micro-batches and ranks
+        numbers = batches.numbers(step)
+        parts = torch.arange(pairs_per_step).view(-1, run.world_size, micro)[:, run.rank].tolist()
+        kl, sums = divergence(train, numbers, parts), torch.zeros(len(SUMS), dtype=torch.float64)
+        for i in range(accumulation):
+            run.meet(model, now=i == accumulation - 1)
+            terms, counted = forward(train, batches(step, i), kl)
+            (mean_loss(terms, train, numbers, losses, sft) * run.world_size).backward()
+            sums += counted
+
+        # update
+        loss, totals, metrics = finish(sums, train, numbers, kl)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        if guard.accepts(loss, grad_norm):
+            updates.step()
+        updates.zero_grad()
+
+        # log the whole step
+        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + round(totals["processed"])
+        run.log(step, done, loss=loss, **metrics, grad_norm=grad_norm, learning_rate=lr * scale,
+                epoch=batches.epoch(step + 1), num_tokens=run.extra["num_tokens"],
+                pairs_per_second=pairs_per_step / (run.clock() - begin), skipped_updates=guard.skipped)
+
+    run.finish()
+    if done < 1:
+        run.print(f"stopped before step {step}; go on with the same options and --resume=true")
+    else:
+        run.print(f"{out_dir}: held-out loss {metrics['eval_loss']:.4f} after {run.clock():.1f} s, the best so far in "
+                  f"best/; talk to it: python chat.py --model={out_dir}")
+
+
+if __name__ == "__main__":
+    main(configure(globals()))
