@@ -21,19 +21,23 @@ except ImportError:
     tl = types.SimpleNamespace(constexpr=lambda value: value)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"       # read once, as triton.jit does: no GPU, numpy instead
-TILE = 128                  # queries (or keys, for their gradients) of one document that a program computes
+BLOCK = 128                 # tokens into which documents are cut; a program computes a tile of so many or fewer
 CHUNK = 256                 # keys that one program of decoding reads: fixed, so that a row never depends on others
 LOGIT_BYTES = 256 << 20     # of a chunk of logits in linear_logprob
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)        # logit of a key that is not seen: finite, since (-inf) - (-inf) is not a number
 
-# One row for each kernel and head width: what a step of its loop covers, warps, stages of the pipeline. fp32, which
-# only tests use, takes half the step. Chosen by what compiles without spills; no GPU has timed them.
+# (tokens of a tile, of a step of its loop, warps, pipeline stages) by kernel and head width, on Hopper and on Ampere.
+# Chosen by what compiles without spills (runs/aot.py); no GPU has timed them.
 CONFIGS = {
-    "forward": {64: dict(STEP=128, num_warps=8, num_stages=3), 128: dict(STEP=128, num_warps=8, num_stages=2)},
-    "dq": {64: dict(STEP=64, num_warps=8, num_stages=2), 128: dict(STEP=64, num_warps=8, num_stages=2)},
-    "dkv": {64: dict(STEP=64, num_warps=8, num_stages=2), 128: dict(STEP=64, num_warps=8, num_stages=2)},
-    "decode": {64: dict(STEP=128, num_warps=4, num_stages=2), 128: dict(STEP=64, num_warps=4, num_stages=2)},
+    90: {"forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
+         "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+         "dkv": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+         "dkv_grouped": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)}},
+    80: {"forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+         "dq": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2)},
+         "dkv": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2)},
+         "dkv_grouped": {64: (128, 32, 8, 2), 128: (64, 32, 8, 2)}},
 }
 
 
@@ -76,6 +80,8 @@ def runs(device, dtype, width, forced):
 
 def chosen(impl, x, width=0):
     """Whether `impl` ("triton", or "auto" on a GPU) means these kernels for tensor x. Never on CPU unless forced."""
+    if impl not in ("auto", "plain", "sdpa", "triton"):
+        raise ValueError(f"impl must be auto, plain, sdpa or triton, got {impl!r}")
     if impl == "triton":
         return runs(x.device.type, x.dtype, width, True)
     return impl == "auto" and x.device.type not in ("cpu", "mps") and runs(x.device.type, x.dtype, width, False)
@@ -87,7 +93,7 @@ def chosen(impl, x, width=0):
 def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """(M, 3) int32: first token of each tile, start and end of its document; M depends on shapes alone.
 
-    Documents are cut at row ends and into tiles of TILE tokens; tiles with most keys to read come first, and those left
+    Documents are cut at row ends and into tiles of BLOCK tokens; tiles with most keys to read come first, and those left
     over are (N, N, N), where there is nothing to do. Offsets that do not rise from 0 to N raise ValueError on CPU and fail
     an assertion on a GPU, which the host does not wait for; clamped and sorted, they are never followed out of bounds.
     """
@@ -100,13 +106,13 @@ def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     offsets = torch.cat([cu_seqlens.clamp(0, N), torch.arange(0, N + 1, T, device=device, dtype=cu_seqlens.dtype)])
     offsets = offsets.sort().values
     starts, ends = offsets[:-1], offsets[1:]
-    tiles = (ends - starts + TILE - 1) // TILE                                  # of each document
+    tiles = (ends - starts + BLOCK - 1) // BLOCK                                  # of each document
     last = tiles.cumsum(0)
     index = torch.arange(n_tiles(len(cu_seqlens), B, T), device=device)
     document = torch.searchsorted(last, index, right=True)
     empty = document == len(last)
     document = document.clamp(max=len(last) - 1)
-    before = (index - last[document] + tiles[document]) * TILE                  # tokens of the document before the tile
+    before = (index - last[document] + tiles[document]) * BLOCK                  # tokens of the document before the tile
     order = torch.where(empty, -1, before).argsort(descending=True, stable=True)
     table = torch.stack([starts[document] + before, starts[document], ends[document]], -1)
     return table.masked_fill(empty[:, None], N)[order].to(torch.int32)
@@ -119,18 +125,19 @@ def _(cu_seqlens, B, T):
 
 def n_tiles(n_offsets, B, T):
     """The most tiles that documents between so many offsets can have, each with less than one tile too many."""
-    return B * T // TILE + n_offsets - 1 + B
+    return B * T // BLOCK + n_offsets - 1 + B
 
 
 @jit
-def tile_bounds(tiles, T, TILE: tl.constexpr):
+def tile_bounds(tiles, T, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """(first token, document start, document end) of this program's tile; without a table a row is a document."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // (BLOCK // TILE)
+    part = tl.program_id(0) % (BLOCK // TILE) * TILE
     if tiles is None:
-        per_row = tl.cdiv(T, TILE)
+        per_row = tl.cdiv(T, BLOCK)
         start = pid // per_row * T
-        return start + (per_row - 1 - pid % per_row) * TILE, start, start + T       # longest first
-    return tl.load(tiles + pid * 3), tl.load(tiles + pid * 3 + 1), tl.load(tiles + pid * 3 + 2)
+        return start + (per_row - 1 - pid % per_row) * BLOCK + part, start, start + T       # longest first
+    return tl.load(tiles + pid * 3) + part, tl.load(tiles + pid * 3 + 1), tl.load(tiles + pid * 3 + 2)
 
 
 @jit
@@ -177,10 +184,12 @@ def forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, low, h
 
 @jit
 def forward_kernel(q_tokens, k_tokens, v_tokens, out_ptr, lse_ptr, tiles, N, T, window, scale, H: tl.constexpr,
-                   G: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+                   UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of queries of one head against the keys of its document."""
-    first, start, end = tile_bounds(tiles, T, TILE)
+    first, start, end = tile_bounds(tiles, T, TILE, BLOCK)
+    if first >= end:
+        return
     low, inner, high = key_bounds(first, start, end, window, TILE, STEP)
     head = tl.program_id(1)
     column = head // G * D
@@ -198,7 +207,6 @@ def forward_kernel(q_tokens, k_tokens, v_tokens, out_ptr, lse_ptr, tiles, N, T, 
                                    False, STEP, UPCAST, PRECISION)
     out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, first, high, window, scale,
                                    True, STEP, UPCAST, PRECISION)
-    total = tl.where(total > 0, total, 1.0)                     # a tile that is left over
     valid = queries < end
     place = (queries.to(tl.int64) * H + head) * D
     out = out / total[:, None]
@@ -226,10 +234,12 @@ def dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, h
 
 @jit
 def dq_kernel(q_tokens, k_tokens, v_tokens, out_tokens, dout_tokens, lse_ptr, delta_ptr, dq_ptr, tiles, N, T, window, scale,
-              H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-              UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+              H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+              STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """dQ of one tile of queries of one head; also delta = sum(out * dout), which dK and dV need."""
-    first, start, end = tile_bounds(tiles, T, TILE)
+    first, start, end = tile_bounds(tiles, T, TILE, BLOCK)
+    if first >= end:
+        return
     low, inner, high = key_bounds(first, start, end, window, TILE, STEP)
     head = tl.program_id(1)
     column = head // G * D
@@ -281,10 +291,12 @@ def dkv_queries(dk, dv, k, v, q_tokens, dout_tokens, lse_ptr, delta_ptr, head, k
 
 @jit
 def dkv_kernel(q_tokens, k_tokens, v_tokens, dout_tokens, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles, N, T, window, scale,
-               H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-               UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+               H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+               STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """dK and dV of one tile of keys of one key head, over all query heads that share it."""
-    first, _, end = tile_bounds(tiles, T, TILE)
+    first, _, end = tile_bounds(tiles, T, TILE, BLOCK)
+    if first >= end:
+        return
     key_head = tl.program_id(1)
     keys = first + tl.arange(0, TILE)
     k = k_tokens.load([first, key_head * D])
@@ -320,18 +332,29 @@ def tokens(x, rows):
     return TensorDescriptor.from_tensor(x.view(-1, x.size(2) * x.size(3)), [rows, x.size(3)])
 
 
+def attention_config(name, D, dtype, capability):
+    """(constants, launch options) of an attention kernel, the same for runs and for compiling ahead of time."""
+    tile, step, warps, stages = CONFIGS[90 if capability >= (9, 0) else 80][name][D]
+    exact = dtype == torch.float32
+    if exact and not INTERPRET:                         # twice the bytes; for tests on a GPU
+        tile, step, stages = 64, 32, 1
+    constants = dict(D=D, BLOCK=BLOCK, TILE=tile, STEP=step, UPCAST=INTERPRET and not exact,
+                     PRECISION="ieee" if exact else "tf32")
+    return constants, dict(num_warps=warps, num_stages=stages)
+
+
 def launch(kernel, name, tiles, heads, descriptors, *arguments, like, G, window):
     """Runs an attention kernel over all tiles and `heads`. descriptors: (tensor, whether it is read a tile at a time, or
-    else a step); `like` is q (B, T, H, D)."""
+    else a step at a time); `like` is q (B, T, H, D)."""
     B, T, H, D = like.shape
-    config = dict(CONFIGS[name][D])
-    exact = like.dtype == torch.float32
-    step = config.pop("STEP") // (2 if exact else 1)
-    descriptors = [tokens(x, TILE if whole else step) for x, whole in descriptors]
-    grid = (len(tiles) if tiles is not None else B * -(-T // TILE), heads)
+    capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else (9, 0)
+    constants, options = attention_config(name, D, like.dtype, capability)
+    descriptors = [tokens(x, constants["TILE" if whole else "STEP"]) for x, whole in descriptors]
+    blocks = len(tiles) if tiles is not None else B * -(-T // BLOCK)
     with torch.cuda.device_of(like):
-        kernel[grid](*descriptors, *arguments, tiles, B * T, T, window or None, D ** -0.5 * LOG2E.value, H=H, G=G, D=D,
-                     TILE=TILE, STEP=step, UPCAST=INTERPRET and not exact, PRECISION="ieee" if exact else "tf32", **config)
+        kernel[blocks * BLOCK // constants["TILE"], heads](
+            *descriptors, *arguments, tiles, B * T, T, window or None, D ** -0.5 * LOG2E.value, H=H, G=G, **constants,
+            **options)
 
 
 @torch.library.custom_op("zero2chat::attention", mutates_args=())
@@ -363,7 +386,7 @@ def attention_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: 
         H, K = q.size(2), k.size(2)
         launch(dq_kernel, "dq", tiles, H, [(q, True), (k, False), (v, False), (out, True), (dout, True)], lse, delta, dq,
                like=q, G=H // K, window=window)
-        launch(dkv_kernel, "dkv", tiles, K, [(q, False), (k, True), (v, True), (dout, False)], lse, delta, dk, dv,
+        launch(dkv_kernel, "dkv" if H == K else "dkv_grouped", tiles, K, [(q, False), (k, True), (v, True), (dout, False)], lse, delta, dk, dv,
                like=q, G=H // K, window=window)
     return dq, dk, dv
 
@@ -391,3 +414,247 @@ def attention(q, k, v, cu_seqlens=None, window=0):
     """kernels.attention by these kernels."""
     tiles = None if cu_seqlens is None else tile_table(cu_seqlens, q.size(0), q.size(1))
     return attention_forward(q, k, v, tiles, window)[0]
+
+
+# --- decoding: one query of each row against its cache ---
+
+@jit
+def decode_range(lengths, starts, row, window, S):
+    """(first, low, end) of a row: keys are cut into chunks from `first` on, and those of [low, end) are seen."""
+    end = tl.minimum(tl.load(lengths + row).to(tl.int32), S)
+    first = 0
+    if starts is not None:
+        first = tl.maximum(tl.load(starts + row).to(tl.int32), 0)
+    low = first
+    if window is not None:
+        low = tl.maximum(first, end - window)
+    return first, low, end
+
+
+@jit
+def decode_kernel(q_ptr, k_ptr, v_ptr, lengths, starts, out_ptr, lse_ptr, q_row, q_head, k_row, k_head, k_key, v_row, v_head,
+                  v_key, S, window, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                  STEP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """One chunk of one row's keys under one key head: output and log2-sum-exp of the G query heads that share it."""
+    row = tl.program_id(0) // K
+    head = tl.program_id(0) % K
+    chunk = tl.program_id(1)
+    first, low, end = decode_range(lengths, starts, row, window, S)
+    begin = first + chunk * CHUNK
+    if begin >= end or begin + CHUNK <= low:
+        return
+    member = tl.arange(0, ROWS)
+    width = tl.arange(0, D)
+    row = row.to(tl.int64)
+    heads = head * G + member
+    q = tl.load(q_ptr + row * q_row + (heads * q_head)[:, None] + width[None, :], mask=(member < G)[:, None], other=0.0)
+    q = q.to(k_ptr.dtype.element_ty)
+    if UPCAST:
+        q = q.to(tl.float32)
+    out = tl.zeros([ROWS, D], tl.float32)
+    top = tl.full([ROWS], HIDDEN, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for n in range(begin, tl.minimum(begin + CHUNK, end), STEP):
+        keys = n + tl.arange(0, STEP)
+        seen = (keys >= low) & (keys < end)
+        place = keys.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + row * k_row + head * k_head + place * k_key + width[None, :], mask=seen[:, None], other=0.0)
+        v = tl.load(v_ptr + row * v_row + head * v_head + place * v_key + width[None, :], mask=seen[:, None], other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        logits = tl.where(seen[None, :], tl.dot(q, k.T, input_precision=PRECISION) * scale, HIDDEN)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        p = tl.where(seen[None, :], tl.exp2(logits - new_top[:, None]), 0.0)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    place = (row * K * G + heads) * tl.num_programs(1) + chunk
+    tl.store(lse_ptr + place, top + tl.log2(total), mask=member < G)
+    tl.store(out_ptr + place[:, None] * D + width[None, :], out / total[:, None], mask=(member < G)[:, None])
+
+
+@jit
+def combine_kernel(parts_ptr, lse_ptr, out_ptr, lengths, starts, S, window, n_chunks, H: tl.constexpr, D: tl.constexpr,
+                   CHUNK: tl.constexpr):
+    """A row's and head's chunks as one softmax, in their order; 0 where no key is seen."""
+    place = tl.program_id(0).to(tl.int64)
+    first, low, end = decode_range(lengths, starts, place // H, window, S)
+    width = tl.arange(0, D)
+    out = tl.zeros([D], tl.float32)
+    top = HIDDEN
+    total = 0.0
+    for chunk in range((low - first) // CHUNK, tl.cdiv(tl.maximum(end - first, 0), CHUNK)):
+        lse = tl.load(lse_ptr + place * n_chunks + chunk)
+        new_top = tl.maximum(top, lse)
+        share = tl.exp2(lse - new_top)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + share
+        out = out * shrink + share * tl.load(parts_ptr + (place * n_chunks + chunk) * D + width)
+        top = new_top
+    out = tl.where(total > 0, out / tl.maximum(total, 1e-30), 0.0)
+    tl.store(out_ptr + place * D + width, out.to(out_ptr.dtype.element_ty))
+
+
+def decode_config(G, D, dtype):
+    """(constants, launch options) of decode_kernel. A tile of a product has at least 16 rows."""
+    exact = dtype == torch.float32
+    constants = dict(G=G, D=D, ROWS=max(16, 1 << (G - 1).bit_length()), STEP=64, CHUNK=CHUNK,
+                     UPCAST=INTERPRET and not exact, PRECISION="ieee" if exact else "tf32")
+    return constants, dict(num_warps=4, num_stages=2)
+
+
+@torch.library.custom_op("zero2chat::decode_attention", mutates_args=())
+def decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
+           start: torch.Tensor | None, window: int) -> torch.Tensor:
+    B, _, H, D = q.shape
+    K, S = k_cache.shape[1:3]
+    if any(x.stride(-1) != 1 for x in (q, k_cache, v_cache)):
+        q, k_cache, v_cache = q.contiguous(), k_cache.contiguous(), v_cache.contiguous()
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    n_chunks = -(-S // CHUNK)
+    if not B * n_chunks:
+        return out
+    parts = torch.empty(B, H, n_chunks, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, H, n_chunks, dtype=torch.float32, device=q.device)
+    constants, options = decode_config(H // K, D, k_cache.dtype)
+    lengths, start = lengths.contiguous(), None if start is None else start.contiguous()
+    with torch.cuda.device_of(q):
+        decode_kernel[B * K, n_chunks](q, k_cache, v_cache, lengths, start, parts, lse, q.stride(0), q.stride(2),
+                                       *k_cache.stride()[:3], *v_cache.stride()[:3], S, window or None,
+                                       D ** -0.5 * LOG2E.value, K=K, **constants, **options)
+        combine_kernel[B * H,](parts, lse, out, lengths, start, S, window or None, n_chunks, H=H, D=D, CHUNK=CHUNK,
+                               num_warps=1)
+    return out
+
+
+@decode.register_fake
+def _(q, k_cache, v_cache, lengths, start, window):
+    return q.new_empty(q.shape)
+
+
+# --- rows of logits ---
+
+@jit
+def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, V, temperature, ENTROPY: tl.constexpr,
+                STEP: tl.constexpr):
+    """Log-sum-exp, log-probability of the target and entropy of one row of logits, read once."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * V
+    top = tl.full([STEP], HIDDEN, tl.float32)           # of each lane: lanes meet at the end
+    total = tl.zeros([STEP], tl.float32)
+    weighted = tl.zeros([STEP], tl.float32)
+    for n in range(0, V, STEP):
+        column = n + tl.arange(0, STEP)
+        x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32) / temperature
+        new_top = tl.maximum(top, tl.where(column < V, x, HIDDEN))
+        p = tl.where(column < V, tl.exp(x - new_top), 0.0)
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + p
+        if ENTROPY:
+            weighted = weighted * shrink + p * x
+        top = new_top
+    highest = tl.max(top, 0)
+    share = tl.exp(top - highest)
+    sum_exp = tl.sum(total * share, 0)
+    lse = highest + tl.log(sum_exp)
+    inside = (target >= 0) & (target < V)
+    logit = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32) / temperature
+    wrong = tl.where(inside, logit - lse, float("nan"))             # a target beyond the vocabulary is never looked up
+    tl.store(logp_ptr + row, tl.where(target == -100, 0.0, wrong))
+    tl.store(lse_ptr + row, lse)
+    if ENTROPY:
+        entropy = lse - tl.sum(weighted * share, 0) / sum_exp
+        tl.store(entropy_ptr + row, tl.where(target == -100, 0.0, entropy))
+
+
+@jit
+def dlogits_kernel(logits_ptr, targets_ptr, lse_ptr, grad_ptr, V, temperature, STEP: tl.constexpr):
+    """d logp / d logits times the row's gradient, (onehot - softmax) / temperature, in the logits' own memory."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    target = tl.load(targets_ptr + row)
+    grad = tl.where(target == -100, 0.0, tl.load(grad_ptr + row)) / temperature
+    place = logits_ptr + row * V + column
+    x = tl.load(place, mask=column < V, other=0.0).to(tl.float32) / temperature
+    d = grad * (tl.where(column == target, 1.0, 0.0) - tl.exp(x - tl.load(lse_ptr + row)))
+    tl.store(place, d.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+ROW_STEP = 2048             # columns that a program of the row kernels holds
+
+
+def chunks(hidden, weight):
+    """(rows of the chunk, its logits) for all of hidden (N, C), in one buffer of at most LOGIT_BYTES."""
+    N, V = hidden.size(0), weight.size(0)
+    rows = max(1, min(N, LOGIT_BYTES // (hidden.element_size() * V)))
+    buffer = hidden.new_empty(rows, V)
+    for i in range(0, N, rows):
+        chunk = slice(i, min(i + rows, N))
+        yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[:chunk.stop - i])
+
+
+@torch.library.custom_op("zero2chat::linear_logprob", mutates_args=())
+def logprob_forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
+                    want_entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probabilities, entropies, log-sum-exps), (N,) each, of hidden (N, C); entropies are empty if not wanted."""
+    hidden, targets, N, V = hidden.contiguous(), targets.contiguous(), hidden.size(0), weight.size(0)
+    logp, lse = (torch.empty(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    entropy = torch.empty(N if want_entropy else 0, dtype=torch.float32, device=hidden.device)
+    with torch.cuda.device_of(hidden):
+        for chunk, logits in chunks(hidden, weight):
+            rows_kernel[len(logits),](logits, targets[chunk], logp[chunk], entropy[chunk], lse[chunk], V, temperature,
+                                      ENTROPY=want_entropy, STEP=ROW_STEP, num_warps=8)
+    return logp, entropy, lse
+
+
+@logprob_forward.register_fake
+def _(hidden, weight, targets, temperature, want_entropy):
+    rows = hidden.new_empty(hidden.size(0), dtype=torch.float32)
+    return rows, torch.empty_like(rows) if want_entropy else rows.new_empty(0), torch.empty_like(rows)
+
+
+@torch.library.custom_op("zero2chat::linear_logprob_backward", mutates_args=())
+def logprob_backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
+                     temperature: float, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of hidden and weight (empty if not wanted); the logits are computed again."""
+    grad, hidden, targets, V = grad.contiguous(), hidden.contiguous(), targets.contiguous(), weight.size(0)
+    dhidden = torch.empty_like(hidden)
+    dweight = torch.zeros(weight.shape if want_dweight else 0, dtype=torch.float32, device=weight.device)
+    with torch.cuda.device_of(hidden):
+        for chunk, logits in chunks(hidden, weight):
+            dlogits_kernel[len(logits), -(-V // ROW_STEP)](logits, targets[chunk], lse[chunk], grad[chunk], V, temperature,
+                                                           STEP=ROW_STEP, num_warps=4)
+            torch.mm(logits, weight, out=dhidden[chunk])
+            if want_dweight:
+                dweight += logits.t() @ hidden[chunk]
+    return dhidden, dweight.to(weight.dtype)
+
+
+@logprob_backward.register_fake
+def _(grad, hidden, weight, targets, lse, temperature, want_dweight):
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if want_dweight else 0)
+
+
+def keep_for_logprob(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def backward_of_logprob(ctx, grad, *_):
+    wanted = ctx.needs_input_grad[1]                    # not of a frozen head
+    dhidden, dweight = logprob_backward(grad, *ctx.saved_tensors, ctx.temperature, wanted)
+    return dhidden, dweight if wanted else None, None, None, None
+
+
+logprob_forward.register_autograd(backward_of_logprob, setup_context=keep_for_logprob)
+
+
+def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False):
+    """kernels.linear_logprob by these kernels."""
+    shape = targets.shape
+    logp, entropy, _ = logprob_forward(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), float(temperature),
+                                       want_entropy)
+    return (logp.view(shape), entropy.view(shape)) if want_entropy else logp.view(shape)
