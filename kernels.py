@@ -24,8 +24,8 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
     cu_seqlens: int32 offsets of documents in the flattened B*T tokens (FlashAttention's convention): a token sees
     only its own document. window: a token sees itself and the window - 1 tokens before it (0: all before it).
     impl: "plain" (batched products and a softmax), "sdpa" (torch's fused kernels), "triton" (triton_kernels.py), or
-    "auto", whichever measures faster for the device, dtype and length: on NVIDIA GPUs triton where documents or a window
-    make it read less than torch's kernels, and torch's for whole rows. Raises ValueError on shapes or offsets that do not fit.
+    "auto": on CPU whichever measures faster for dtype and length; on NVIDIA GPUs triton where documents or a window
+    leave less to read, else sdpa. Raises ValueError on shapes or offsets that do not fit.
     """
     B, T, H, D = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != D or H % k.size(2):
@@ -72,8 +72,8 @@ def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=No
     tokens too. lengths (B,): how many keys the row's first query sees, itself included; the next one sees one more.
     start (B,): the first key that is seen (left padding). window: a query sees itself and the window - 1 keys before it
     (0: all). Columns beyond what is seen may hold anything finite. seen: what keys_seen gave for these arguments, where
-    several layers share it. impl: "auto", or "triton" for T = 1. Computed in the cache's dtype, returned in q's. A row's result does not depend on its
-    neighbours. Raises ValueError on shapes that do not fit.
+    several layers share it. impl: "auto", or "triton", which is for T = 1. Computed in the cache's dtype, returned in
+    q's. A row's result does not depend on its neighbours. Raises ValueError on shapes that do not fit.
     """
     B, T, H, D = q.shape
     K, S = k_cache.shape[1:3]
@@ -134,8 +134,8 @@ def check_offsets(cu_seqlens, n_tokens):
 
 
 def pad_offsets(cu_seqlens, maximum):
-    """cu_seqlens with empty documents at the end, `maximum` offsets in all: one shape, so one compiled graph and one CUDA
-    graph, for any number of documents. ValueError if there are more."""
+    """cu_seqlens with empty documents at the end, `maximum` offsets in all: one shape, so one compiled graph for any
+    number of documents. ValueError if there are more."""
     if len(cu_seqlens) > maximum:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens)} offsets, more than the maximum of {maximum}")
     return F.pad(cu_seqlens, (0, maximum - len(cu_seqlens)), value=int(cu_seqlens[-1]))

@@ -1,11 +1,11 @@
 """Triton kernels behind kernels.py on CUDA: packed attention and its gradient, decoding attention, rows of logits.
 
-Each is a torch operator (zero2chat::...), so that compiled models have no graph break, and nothing here waits for the GPU. Without
-triton the file imports and `why_not` says so. docs/kernels.md describes each kernel and counts its bytes.
+Each is a torch operator (zero2chat::...), so that compiled models have no graph break, and nothing here waits for the
+GPU. Without triton the file imports and `why_not` says so. docs/kernels.md describes each kernel and counts its bytes.
 
-Shape letters: B sequences, T tokens of a row, N = B*T tokens in all, H heads, G query heads to a key head, D head width, V vocabulary.
+Shape letters: B sequences, T tokens of a row, N = B*T tokens in all, H query heads, K key heads, G = H / K, D head
+width, S columns of a cache, V vocabulary.
 """
-import functools
 import os
 import sys
 import types
@@ -45,7 +45,9 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
-@functools.cache
+SAID = set()                # reasons for using something else that were printed
+
+
 def why_not(device):
     """Why these kernels do not run on `device` (its type: cpu, cuda, ...), or "" where they do."""
     if triton is None:
@@ -60,7 +62,6 @@ def why_not(device):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def runs(device, dtype, width, forced):
     """Whether these kernels take the device, the dtype and the head width (0: any). If forced they must, or ValueError;
     else one line says what is used instead, once, but nothing where nobody would expect them."""
@@ -73,7 +74,8 @@ def runs(device, dtype, width, forced):
         reason = "in fp32 they are no faster"
     if reason and forced:
         raise ValueError(f"the Triton kernels do not run here: {reason}; choose impl='auto'")
-    if reason and device not in ("cpu", "mps"):
+    if reason and reason not in SAID:
+        SAID.add(reason)
         print(f"kernels.py: torch's own operations instead of Triton kernels: {reason}", file=sys.stderr)
     return not reason
 
@@ -93,9 +95,9 @@ def chosen(impl, x, width=0):
 def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """(M, 3) int32: first token of each tile, start and end of its document; M depends on shapes alone.
 
-    Documents are cut at row ends and into tiles of BLOCK tokens; tiles with most keys to read come first, and those left
-    over are (N, N, N), where there is nothing to do. Offsets that do not rise from 0 to N raise ValueError on CPU and fail
-    an assertion on a GPU, which the host does not wait for; clamped and sorted, they are never followed out of bounds.
+    Documents are cut at row ends and into tiles of BLOCK tokens; tiles with most keys to read come first, and those
+    left over are (N, N, N), where there is nothing to do. Offsets that do not rise from 0 to N raise ValueError on CPU
+    and fail an assertion on a GPU, which the host does not wait for; clamped and sorted, they never lead out of bounds.
     """
     N, device = B * T, cu_seqlens.device
     rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == N) & (cu_seqlens.diff() >= 0).all()
@@ -112,7 +114,7 @@ def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     document = torch.searchsorted(last, index, right=True)
     empty = document == len(last)
     document = document.clamp(max=len(last) - 1)
-    before = (index - last[document] + tiles[document]) * BLOCK                  # tokens of the document before the tile
+    before = (index - last[document] + tiles[document]) * BLOCK             # tokens of the document before the tile
     order = torch.where(empty, -1, before).argsort(descending=True, stable=True)
     table = torch.stack([starts[document] + before, starts[document], ends[document]], -1)
     return table.masked_fill(empty[:, None], N)[order].to(torch.int32)
@@ -136,8 +138,13 @@ def tile_bounds(tiles, T, TILE: tl.constexpr, BLOCK: tl.constexpr):
     if tiles is None:
         per_row = tl.cdiv(T, BLOCK)
         start = pid // per_row * T
-        return start + (per_row - 1 - pid % per_row) * BLOCK + part, start, start + T       # longest first
-    return tl.load(tiles + pid * 3) + part, tl.load(tiles + pid * 3 + 1), tl.load(tiles + pid * 3 + 2)
+        end = start + T
+        first = start + (per_row - 1 - pid % per_row) * BLOCK                   # those with most keys to read first
+    else:
+        first = tl.load(tiles + pid * 3)
+        start = tl.load(tiles + pid * 3 + 1)
+        end = tl.load(tiles + pid * 3 + 2)
+    return first + part, start, end
 
 
 @jit
@@ -161,8 +168,8 @@ def is_seen(queries, keys, window):
 # --- attention, forward ---
 
 @jit
-def forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, low, high, window, scale, MASKED: tl.constexpr,
-                 STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, low, high, window, scale,
+                 MASKED: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """The running softmax over the keys of [low, high): output, largest logit and sum of each query so far."""
     for n in tl.range(low, high, STEP):
         k = k_tokens.load([n, column])
@@ -201,12 +208,12 @@ def forward_kernel(q_tokens, k_tokens, v_tokens, out_ptr, lse_ptr, tiles, N, T, 
     top = tl.full([TILE], HIDDEN, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     if window is not None:
-        out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, low, inner, window, scale,
-                                       True, STEP, UPCAST, PRECISION)
-    out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, inner, first, window, scale,
-                                   False, STEP, UPCAST, PRECISION)
-    out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, first, high, window, scale,
-                                   True, STEP, UPCAST, PRECISION)
+        out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, low, inner, window,
+                                       scale, True, STEP, UPCAST, PRECISION)
+    out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, inner, first, window,
+                                   scale, False, STEP, UPCAST, PRECISION)
+    out, top, total = forward_keys(out, top, total, q, k_tokens, v_tokens, column, queries, first, high, window,
+                                   scale, True, STEP, UPCAST, PRECISION)
     valid = queries < end
     place = (queries.to(tl.int64) * H + head) * D
     out = out / total[:, None]
@@ -214,11 +221,11 @@ def forward_kernel(q_tokens, k_tokens, v_tokens, out_ptr, lse_ptr, tiles, N, T, 
     tl.store(lse_ptr + head.to(tl.int64) * N + queries, (top + tl.log2(total)) / LOG2E, mask=valid)
 
 
-# --- attention, backward: each program owns what it writes, so that sums have one order and gradients repeat to the bit ---
+# --- attention, backward: each program owns what it writes, so sums have one order and gradients repeat to the bit ---
 
 @jit
-def dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, high, window, scale, MASKED: tl.constexpr,
-            STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, high, window, scale,
+            MASKED: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     for n in tl.range(low, high, STEP):
         k = k_tokens.load([n, column])
         v = v_tokens.load([n, column])
@@ -233,8 +240,8 @@ def dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, h
 
 
 @jit
-def dq_kernel(q_tokens, k_tokens, v_tokens, out_tokens, dout_tokens, lse_ptr, delta_ptr, dq_ptr, tiles, N, T, window, scale,
-              H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+def dq_kernel(q_tokens, k_tokens, v_tokens, out_tokens, dout_tokens, lse_ptr, delta_ptr, dq_ptr, tiles, N, T, window,
+              scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
               STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """dQ of one tile of queries of one head; also delta = sum(out * dout), which dK and dV need."""
     first, start, end = tile_bounds(tiles, T, TILE, BLOCK)
@@ -255,8 +262,8 @@ def dq_kernel(q_tokens, k_tokens, v_tokens, out_tokens, dout_tokens, lse_ptr, de
     lse = tl.load(lse_ptr + per_head, mask=valid, other=-HIDDEN) * LOG2E
     dq = tl.zeros([TILE, D], tl.float32)
     if window is not None:
-        dq = dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, inner, window, scale, True, STEP,
-                     UPCAST, PRECISION)
+        dq = dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, low, inner, window, scale, True,
+                     STEP, UPCAST, PRECISION)
     dq = dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, inner, first, window, scale, False, STEP,
                  UPCAST, PRECISION)
     dq = dq_keys(dq, q, dout, lse, delta, k_tokens, v_tokens, column, queries, first, high, window, scale, True, STEP,
@@ -268,7 +275,8 @@ def dq_kernel(q_tokens, k_tokens, v_tokens, out_tokens, dout_tokens, lse_ptr, de
 
 @jit
 def dkv_queries(dk, dv, k, v, q_tokens, dout_tokens, lse_ptr, delta_ptr, head, keys, low, high, end, window, scale, N,
-                D: tl.constexpr, MASKED: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+                D: tl.constexpr, MASKED: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
+                PRECISION: tl.constexpr):
     """Adds what the queries of [low, high) give. Transposed, keys by queries: p and ds stay in registers as the left
     operands of their products."""
     for m in tl.range(low, high, STEP):
@@ -290,8 +298,8 @@ def dkv_queries(dk, dv, k, v, q_tokens, dout_tokens, lse_ptr, delta_ptr, head, k
 
 
 @jit
-def dkv_kernel(q_tokens, k_tokens, v_tokens, dout_tokens, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles, N, T, window, scale,
-               H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+def dkv_kernel(q_tokens, k_tokens, v_tokens, dout_tokens, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles, N, T, window,
+               scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
                STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """dK and dV of one tile of keys of one key head, over all query heads that share it."""
     first, _, end = tile_bounds(tiles, T, TILE, BLOCK)
@@ -344,8 +352,8 @@ def attention_config(name, D, dtype, capability):
 
 
 def launch(kernel, name, tiles, heads, descriptors, *arguments, like, G, window):
-    """Runs an attention kernel over all tiles and `heads`. descriptors: (tensor, whether it is read a tile at a time, or
-    else a step at a time); `like` is q (B, T, H, D)."""
+    """Runs an attention kernel over all tiles and `heads`. descriptors: (tensor, whether it is read a tile at a time,
+    or else a step at a time); `like` is q (B, T, H, D)."""
     B, T, H, D = like.shape
     capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else (9, 0)
     constants, options = attention_config(name, D, like.dtype, capability)
@@ -384,10 +392,10 @@ def attention_backward(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: 
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     if q.numel():
         H, K = q.size(2), k.size(2)
-        launch(dq_kernel, "dq", tiles, H, [(q, True), (k, False), (v, False), (out, True), (dout, True)], lse, delta, dq,
-               like=q, G=H // K, window=window)
-        launch(dkv_kernel, "dkv" if H == K else "dkv_grouped", tiles, K, [(q, False), (k, True), (v, True), (dout, False)], lse, delta, dk, dv,
-               like=q, G=H // K, window=window)
+        launch(dq_kernel, "dq", tiles, H, [(q, True), (k, False), (v, False), (out, True), (dout, True)], lse, delta,
+               dq, like=q, G=H // K, window=window)
+        launch(dkv_kernel, "dkv" if H == K else "dkv_grouped", tiles, K,
+               [(q, False), (k, True), (v, True), (dout, False)], lse, delta, dk, dv, like=q, G=H // K, window=window)
     return dq, dk, dv
 
 
@@ -432,9 +440,10 @@ def decode_range(lengths, starts, row, window, S):
 
 
 @jit
-def decode_kernel(q_ptr, k_ptr, v_ptr, lengths, starts, out_ptr, lse_ptr, q_row, q_head, k_row, k_head, k_key, v_row, v_head,
-                  v_key, S, window, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                  STEP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def decode_kernel(q_ptr, k_ptr, v_ptr, lengths, starts, out_ptr, lse_ptr, q_row, q_head, k_row, k_head, k_key, v_row,
+                  v_head, v_key, S, window, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                  ROWS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr,
+                  PRECISION: tl.constexpr):
     """One chunk of one row's keys under one key head: output and log2-sum-exp of the G query heads that share it."""
     row = tl.program_id(0) // K
     head = tl.program_id(0) % K
@@ -548,7 +557,8 @@ def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, V, temp
     for n in range(0, V, STEP):
         column = n + tl.arange(0, STEP)
         x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32) / temperature
-        new_top = tl.maximum(top, tl.where(column < V, x, HIDDEN))
+        x = tl.where(column < V, x, HIDDEN)
+        new_top = tl.maximum(top, x)
         p = tl.where(column < V, tl.exp(x - new_top), 0.0)
         shrink = tl.exp(top - new_top)
         total = total * shrink + p
@@ -616,16 +626,16 @@ def _(hidden, weight, targets, temperature, want_entropy):
 
 
 @torch.library.custom_op("zero2chat::linear_logprob_backward", mutates_args=())
-def logprob_backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
-                     temperature: float, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def logprob_backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                     lse: torch.Tensor, temperature: float, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of hidden and weight (empty if not wanted); the logits are computed again."""
     grad, hidden, targets, V = grad.contiguous(), hidden.contiguous(), targets.contiguous(), weight.size(0)
     dhidden = torch.empty_like(hidden)
     dweight = torch.zeros(weight.shape if want_dweight else 0, dtype=torch.float32, device=weight.device)
     with torch.cuda.device_of(hidden):
         for chunk, logits in chunks(hidden, weight):
-            dlogits_kernel[len(logits), -(-V // ROW_STEP)](logits, targets[chunk], lse[chunk], grad[chunk], V, temperature,
-                                                           STEP=ROW_STEP, num_warps=4)
+            dlogits_kernel[len(logits), -(-V // ROW_STEP)](logits, targets[chunk], lse[chunk], grad[chunk], V,
+                                                           temperature, STEP=ROW_STEP, num_warps=4)
             torch.mm(logits, weight, out=dhidden[chunk])
             if want_dweight:
                 dweight += logits.t() @ hidden[chunk]
@@ -655,6 +665,6 @@ logprob_forward.register_autograd(backward_of_logprob, setup_context=keep_for_lo
 def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False):
     """kernels.linear_logprob by these kernels."""
     shape = targets.shape
-    logp, entropy, _ = logprob_forward(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), float(temperature),
-                                       want_entropy)
+    logp, entropy, _ = logprob_forward(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1),
+                                       float(temperature), want_entropy)
     return (logp.view(shape), entropy.view(shape)) if want_entropy else logp.view(shape)
