@@ -303,8 +303,6 @@ def dkv_kernel(q_tokens, k_tokens, v_tokens, dout_tokens, lse_ptr, delta_ptr, dk
                STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """dK and dV of one tile of keys of one key head, over all query heads that share it."""
     first, _, end = tile_bounds(tiles, T, TILE, BLOCK)
-    if first >= end:
-        return
     key_head = tl.program_id(1)
     keys = first + tl.arange(0, TILE)
     k = k_tokens.load([first, key_head * D])

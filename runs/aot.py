@@ -24,7 +24,8 @@ SHARED = {90: 227 << 10, 80: 163 << 10}         # bytes of shared memory that a 
 ATTENTION = [(name, D, form) for D in (64, 128) for name in ("forward", "dq", "dkv", "dkv_grouped")
              for form in ("causal", "packed", "packed, window")]
 ROWS = [("decode", D, form) for D in (64, 128) for form in ("1 head", "8 heads", "8 heads, start, window")] + [
-    ("combine", 128, ""), ("combine", 128, "start, window"), ("rows", 0, "entropy"), ("rows", 0, ""), ("dlogits", 0, "")]
+    ("combine", 128, ""), ("combine", 128, "start, window"), ("rows", 0, "entropy"), ("rows", 0, ""),
+    ("dlogits", 0, "")]
 CASES = [(capability, *case) for capability in (90, 80) for case in ATTENTION + ROWS]
 GATE = [(90, name, 128, "packed, window") for name in ("forward", "dq", "dkv", "dkv_grouped")] + [
     (90, "forward", 64, "causal"), (80, "forward", 128, "packed"), (80, "dkv", 128, "causal"),

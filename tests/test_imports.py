@@ -22,7 +22,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
-STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat"}   # import anything below, no other stage
+STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import anything below, no other stage
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
 
