@@ -10,6 +10,7 @@
 Each prints a table and, with --json=FILE, appends a line for every row of it. A figure is the median of several runs,
 each ended by a synchronisation. Shape letters: B rows, T tokens of a row, H heads, K key heads, D head width.
 """
+import functools
 import importlib.util
 import json as json_lines
 import os
@@ -109,7 +110,7 @@ def bench_env(where, kind):
     """Matrix products by size, and copies."""
     for n in (256, 512, 1024) if where.type == "cpu" else (1024, 2048, 4096, 8192, 16384):
         a, b = (torch.randn(n, n, device=where, dtype=kind) for _ in range(2))
-        yield dict(what=f"matmul {n}", tflops=2 * n ** 3 / measure(lambda: a @ b, where) / 1e12)
+        yield dict(what=f"matmul {n}", tflops=2 * n ** 3 / measure(functools.partial(torch.mm, a, b), where) / 1e12)
     yield dict(what="copy", gigabytes_per_second=copy_rate(where) / 1e9)
 
 
@@ -166,6 +167,19 @@ def attentions(where, kind, cu_seqlens):
     return found
 
 
+def time_attention(attend, inputs, upstream, exact, where):
+    """(seconds forward, seconds backward, largest error, how many of `repeats` backward passes equal the first)"""
+    with torch.no_grad():
+        forward = measure(lambda: attend(*inputs), where)
+        error = (attend(*inputs)[0, :, 0] - exact).abs().max().item()
+    out = attend(*inputs)
+
+    def back():
+        return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    backward, first = measure(back, where), back()
+    return forward, backward, error, sum(all(map(torch.equal, back(), first)) for _ in range(repeats))
+
+
 def bench_attention(where, kind):
     """Attention forward and backward, with errors against float64 on the first row and head; then decoding."""
     K, D = n_kv_head or n_head, n_embd // n_head
@@ -183,15 +197,7 @@ def bench_attention(where, kind):
         flops = 4 * D * n_head * (pairs if "dense" not in name else rows * context * (context + 1) // 2)
         row = dict(what=name, shape=f"{rows} x {context} x {n_head}/{K} x {D}")
         try:
-            with torch.no_grad():
-                forward = measure(lambda: attend(q, k, v), where)
-                error = (attend(q, k, v)[0, :, 0] - exact).abs().max().item()
-            out = attend(q, k, v)
-
-            def back():
-                return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
-            backward, first = measure(back, where), back()
-            equal = sum(all(torch.equal(a, b) for a, b in zip(back(), first)) for _ in range(repeats))
+            forward, backward, error, equal = time_attention(attend, inputs, upstream, exact, where)
         except RuntimeError as reason:                          # a backend that does not take this shape or device
             yield row | dict(note=" ".join(str(reason).split())[:60])
             continue
@@ -199,7 +205,7 @@ def bench_attention(where, kind):
         yield row | dict(forward_ms=1e3 * forward, backward_ms=1e3 * backward, forward_tflops=flops / forward / 1e12,
                          backward_tflops=2.5 * flops / backward / 1e12, error="" if dense else error,
                          equal_backwards=f"{equal}/{repeats}", note="sees more" if dense else "")
-    del q, k, v, inputs, upstream
+    inputs.clear()
     kv = torch.randn(2, rows, K, context, D, device=where, dtype=kind if where.type == "cuda" else torch.float32)
     q, lengths = torch.randn(rows, 1, n_head, D, device=where, dtype=kind), torch.full((rows,), context, device=where)
     copied = copy_rate(where)
@@ -237,6 +243,8 @@ def config_of_options():
 
 def bench_train(where, kind):
     """Whole training steps, all parts of them: forward, backward, clipping, update."""
+    if nanogpt and not os.path.exists(os.path.join(nanogpt, "model.py")):
+        raise ValueError(f"there is no nanoGPT at --nanogpt={nanogpt}: it has no model.py")
     matmul = common.matmul_rate(where, kind)
     sheet = next((flops for name, flops in PEAK.items() if where.type == "cuda" and
                   name in torch.cuda.get_device_name(where)), float("nan"))
@@ -278,8 +286,6 @@ def bench_train(where, kind):
 
 def load_nanogpt():
     spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(nanogpt, "model.py"))
-    if not os.path.exists(spec.origin):
-        raise ValueError(f"there is no nanoGPT at --nanogpt={nanogpt}: it has no model.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     return theirs.GPT(theirs.GPTConfig(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
