@@ -53,6 +53,19 @@ def test_attention_and_its_gradients_equal_float64(T, groups, documents, window,
         torch.testing.assert_close(x.grad.double(), y.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("groups, window", [(1, 0), (2, 70)])
+def test_the_smaller_tiles_of_ampere_give_the_same(monkeypatch, groups, window):
+    inputs, cu_seqlens = random_qkv(1, 257, groups, 128), torch.tensor([0, 1, 90, 257])
+
+    def results():
+        out = attention(*inputs, cu_seqlens, window, "triton")
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+    hopper = results()
+    monkeypatch.setitem(triton_kernels.CONFIGS, 90, triton_kernels.CONFIGS[80])
+    for x, y in zip(results(), hopper):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
 def test_log_sum_exps_are_those_of_float64():
     q, k, v = (x.detach() for x in random_qkv(1, 130, 1, 64))
     lse = triton_kernels.attention_forward(q, k, v, None, 0)[1]                         # (H, N)
