@@ -312,7 +312,7 @@ class Run:
         if self.bar:
             self.bar.n = int(1000 * (done or 0))
             self.bar.set_postfix_str(left)
-        if now - self.last_line < 1 and not any(name.startswith("val_") for name in metrics):
+        if now - self.last_line < 1 and not any(name.startswith(("val_", "eval_")) for name in metrics):
             return
         self.last_line = now
         self.log_file.flush()

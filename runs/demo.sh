@@ -1,28 +1,43 @@
 #!/usr/bin/env bash
-# From nothing to a base model that writes, offline but for the package index: the Python standard library of this
-# machine becomes a tokenizer, tokens and a model. Run again, it goes on from what is there.
+# From nothing to a model that answers, offline but for the package index: the Python standard library of this machine
+# becomes a tokenizer, tokens and a base model; questions that tasks.py makes up then teach it to answer. Run again, it goes
+# on from what is there.
 requirements="requirements.txt"
 source "$(dirname "$0")/setup.sh"
 demo=out/demo
 
+# stage NAME SCRIPT [OPTION...]: runs a stage into $demo/NAME, goes on with it, or skips it where it is done
+stage() {
+    local name=$1 script=$2 resume=false overwrite=false
+    shift 2
+    [ -e $demo/$name.txt ] && return
+    if [ -e $demo/$name/resume/state.pt ]; then resume=true
+    elif [ -e $demo/$name/log.jsonl ]; then overwrite=true; fi
+    echo "== $name"
+    python $script "$@" --out_dir=$demo/$name --resume=$resume --overwrite=$overwrite | tee -i $demo/$name.unfinished
+    grep -q "^stopped before" $demo/$name.unfinished && exit 1             # by hand: the next call goes on
+    mv $demo/$name.unfinished $demo/$name.txt
+}
+
+mkdir -p $demo
 if [ ! -e $demo/text/train.h5 ]; then
     python data.py --sources=stdlib --vocab_size=4096 --out_dir=$demo/text
 fi
+stage pretrain pretrain.py config/demo.py
 
-if [ ! -e $demo/pretrain.txt ]; then
-    resume=false
-    [ -e $demo/pretrain/resume/state.pt ] && resume=true
-    [ $resume = false ] && [ -e $demo/pretrain/log.jsonl ] && overwrite=true
-    python pretrain.py config/demo.py --resume=$resume --overwrite=${overwrite:-false} | tee -i $demo/pretrain.unfinished
-    grep -q "held-out text after" $demo/pretrain.unfinished || exit 1      # stopped by hand: the next call goes on
-    last=$(grep -n "sample:" $demo/pretrain.unfinished | tail -n 1 | cut -d: -f1)
-    tail -n +"$last" $demo/pretrain.unfinished > $demo/pretrain.txt
-    rm $demo/pretrain.unfinished
+# six in ten demonstrations make one systematic mistake on purpose, so that the stages after this one have room
+if [ ! -e $demo/chats/train.h5 ]; then
+    python data.py --kind=chats --sources=task:sorting,task:addition --task_examples=8000 --flawed=0.6 \
+        --tokenizer=$demo/pretrain --context=256 --out_dir=$demo/chats --show=2
 fi
+stage sft sft.py config/sft_demo.py
+
+for model in pretrain sft; do
+    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=1000 --append=$demo/table.jsonl
+done
+python eval.py --table=$demo/table.jsonl
 
 echo
-echo "the base model in $demo/pretrain writes:"
-cat $demo/pretrain.txt
-echo "the curves are in $demo/pretrain/curves.png; to train it again, delete $demo"
-echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/pretrain"
-echo "every option: python pretrain.py --help"
+echo "the curves are in $demo/*/curves.png; to begin again, delete $demo"
+echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/sft"
+echo "every option: python sft.py --help"
