@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import triton_kernels
+
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
 LOGIT_BYTES = 32 << 20      # of one chunk in linear_logprob: near the cache on CPU, little memory anywhere
 
@@ -21,8 +23,9 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
     q is (B, T, H, D); k, v are (B, T, Hkv, D), where query head h reads key head h // (H // Hkv).
     cu_seqlens: int32 offsets of documents in the flattened B*T tokens (FlashAttention's convention): a token sees
     only its own document. window: a token sees itself and the window - 1 tokens before it (0: all before it).
-    impl: "plain" (batched products and a softmax), "sdpa" (torch's fused kernels), or "auto", whichever measures
-    faster for the device, dtype and length. Raises ValueError on shapes or offsets that do not fit.
+    impl: "plain" (batched products and a softmax), "sdpa" (torch's fused kernels), "triton" (triton_kernels.py), or
+    "auto": on CPU whichever measures faster for dtype and length; on NVIDIA GPUs triton where documents or a window
+    leave less to read, else sdpa. Raises ValueError on shapes or offsets that do not fit.
     """
     B, T, H, D = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != D or H % k.size(2):
@@ -30,6 +33,8 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
                          "alike, with q's batch, length and width, and their heads must divide q's")
     if window < 0:
         raise ValueError(f"attention window must be 0 (off) or more tokens, got {window}")
+    if (cu_seqlens is not None or window or impl == "triton") and triton_kernels.chosen(impl, q, D):
+        return triton_kernels.attention(q, k, v, cu_seqlens, window)
     if cu_seqlens is not None and impl == "auto" and not window and q.device.type == "cpu":
         documents = packed_documents(tuple(cu_seqlens.tolist()), B * T, T, q.device)
         if documents is not None:
@@ -50,7 +55,7 @@ def masked_attention(q, k, v, allowed=None, impl="auto"):
     if impl == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != k.size(1))
     if impl != "plain":
-        raise ValueError(f"attention impl must be auto, plain or sdpa, got {impl!r}")
+        raise ValueError(f"attention impl must be auto, plain, sdpa or triton, got {impl!r}")
     if H != k.size(1):
         k, v = (x.repeat_interleave(H // k.size(1), 1) for x in (k, v))
     if allowed is None:
@@ -60,15 +65,15 @@ def masked_attention(q, k, v, allowed=None, impl="auto"):
     return PlainAttention.apply(q, k, v, bias)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=None):
+def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=None, impl="auto"):
     """Softmax attention of the newest tokens of each row to the row's cache, (B, T, H, D), scaled by D**-0.5.
 
     q is (B, T, H, D), T = 1 when decoding; k_cache, v_cache are (B, Hkv, S, D) and hold the keys and values of q's own
     tokens too. lengths (B,): how many keys the row's first query sees, itself included; the next one sees one more.
     start (B,): the first key that is seen (left padding). window: a query sees itself and the window - 1 keys before it
     (0: all). Columns beyond what is seen may hold anything finite. seen: what keys_seen gave for these arguments, where
-    several layers share it. Computed in the cache's dtype, returned in q's. A row's result does not depend on its
-    neighbours. Raises ValueError on shapes that do not fit.
+    several layers share it. impl: "auto", or "triton", which is for T = 1. Computed in the cache's dtype, returned in
+    q's. A row's result does not depend on its neighbours. Raises ValueError on shapes that do not fit.
     """
     B, T, H, D = q.shape
     K, S = k_cache.shape[1:3]
@@ -76,6 +81,8 @@ def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=No
         raise ValueError(f"decode_attention got q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache "
                          f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}; caches must be (B, Hkv, S, D) with "
                          "Hkv a divisor of H, and lengths (B,)")
+    if T == 1 and triton_kernels.chosen(impl, k_cache, D):
+        return triton_kernels.decode(q, k_cache, v_cache, lengths, start, window)
     if seen is None:
         seen = keys_seen(lengths, T, S, start, window)
     # query heads that share a key head ride as rows of one tile: (B, K, H/K * T, D)
@@ -124,6 +131,14 @@ def visible(B, T, cu_seqlens, window, device):
 def check_offsets(cu_seqlens, n_tokens):
     if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
+
+
+def pad_offsets(cu_seqlens, maximum):
+    """cu_seqlens with empty documents at the end, `maximum` offsets in all: one shape, so one compiled graph for any
+    number of documents. ValueError if there are more."""
+    if len(cu_seqlens) > maximum:
+        raise ValueError(f"cu_seqlens has {len(cu_seqlens)} offsets, more than the maximum of {maximum}")
+    return F.pad(cu_seqlens, (0, maximum - len(cu_seqlens)), value=int(cu_seqlens[-1]))
 
 
 def document_ids(cu_seqlens, n_tokens):
@@ -367,7 +382,7 @@ def rotate(x, cos, sin):
 
 # --- head ---
 
-def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False, want_hits=False):
+def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False, want_hits=False, impl="auto"):
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), fp32 nats, without (N, V) logits.
 
     hidden is (..., C), weight (V, C), targets (...) int64; a target of -100 gives 0 and no gradient. Returns (...)
@@ -376,6 +391,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     The logits exist a chunk of tokens at a time, in forward and again in backward. The gradient with respect to each
     token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
     """
+    if not want_hits and triton_kernels.chosen(impl, hidden):
+        return triton_kernels.linear_logprob(hidden, weight, targets, temperature, want_entropy)
     shape = targets.shape
     columns = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), temperature,
                                   want_entropy, want_hits)
