@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # From nothing to a model that answers, offline but for the package index: the Python standard library of this machine
-# becomes a tokenizer, tokens and a base model; questions that tasks.py makes up then teach it to answer. Run again, it goes
-# on from what is there.
+# becomes a tokenizer, tokens and a base model; questions that tasks.py makes up teach it to answer; a reward model, DPO,
+# PPO and GRPO improve it, and one table scores every stage. Run again, it goes on from what is there.
+#   bash runs/demo.sh [SEED]         another seed writes to out/demo-SEED
 requirements="requirements.txt"
 source "$(dirname "$0")/setup.sh"
-demo=out/demo
+demo=out/demo${1:+-$1}
+seed=${1:-1337}
 
 # stage NAME SCRIPT [OPTION...]: runs a stage into $demo/NAME, goes on with it, or skips it where it is done
 stage() {
-    local name=$1 script=$2 resume=false overwrite=false
+    local name=$1 script=$2 resume=false overwrite=false begin=$SECONDS
     shift 2
     [ -e $demo/$name.txt ] && return
     if [ -e $demo/$name/resume/state.pt ]; then resume=true
     elif [ -e $demo/$name/log.jsonl ]; then overwrite=true; fi
-    echo "== $name"
-    python $script "$@" --out_dir=$demo/$name --resume=$resume --overwrite=$overwrite | tee -i $demo/$name.unfinished
-    grep -q "^stopped before" $demo/$name.unfinished && exit 1             # by hand: the next call goes on
+    printf '\n== %s\n' "$name"
+    python $script "$@" --seed=$seed --out_dir=$demo/$name --resume=$resume --overwrite=$overwrite |
+        tee -i $demo/$name.unfinished
+    echo $((SECONDS - begin)) >> $demo/$name.seconds
+    if grep -q "^stopped before" $demo/$name.unfinished; then exit 1; fi    # by hand: the next call goes on
     mv $demo/$name.unfinished $demo/$name.txt
 }
 
@@ -23,21 +27,37 @@ mkdir -p $demo
 if [ ! -e $demo/text/train.h5 ]; then
     python data.py --sources=stdlib --vocab_size=4096 --out_dir=$demo/text
 fi
-stage pretrain pretrain.py config/demo.py
+stage pretrain pretrain.py config/demo.py --data=$demo/text
 
 # six in ten demonstrations make one systematic mistake on purpose, so that the stages after this one have room
 if [ ! -e $demo/chats/train.h5 ]; then
-    python data.py --kind=chats --sources=task:sorting,task:addition --task_examples=8000 --flawed=0.6 \
+    python data.py --kind=chats --sources=task:sorting,task:addition --task_examples=8000 --flawed=0.6 --seed=$seed \
         --tokenizer=$demo/pretrain --context=256 --out_dir=$demo/chats --show=2
 fi
-stage sft sft.py config/sft_demo.py
+stage sft sft.py config/sft_demo.py --init_from=$demo/pretrain --data=$demo/chats
 
-for model in pretrain sft; do
-    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=1000 --append=$demo/table.jsonl
+if [ ! -e $demo/pairs/train.jsonl ]; then
+    printf '\n== pairs, sampled from the finetuned model and ranked by the verifier\n'
+    python data.py --kind=pairs --from_model=$demo/sft --task=sorting,addition --questions=800 --samples=8 --keep=each \
+        --seed=$seed --out_dir=$demo/pairs --show=2
+fi
+stage reward reward.py config/reward_demo.py --init_from=$demo/sft --data=$demo/pairs
+stage dpo dpo.py config/dpo_demo.py --init_from=$demo/sft --data=$demo/pairs
+stage ppo ppo.py config/ppo_demo.py --init_from=$demo/sft
+stage grpo grpo.py config/grpo_demo.py --init_from=$demo/sft
+
+printf '\n== evaluation\n'
+for model in pretrain sft dpo ppo grpo; do
+    questions=1000
+    [ $model = pretrain ] && questions=200              # answers nothing, at length
+    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=$questions --max_new_tokens=48 \
+        --append=$demo/table.jsonl > $demo/eval.txt
+    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=100 --samples=8 --temperature=1 \
+        --max_new_tokens=48 --append=$demo/table.jsonl > $demo/eval.txt
+    python eval.py --model=$demo/$model --tasks=bpb --text=python=$demo/text --max_text_bytes=100000 \
+        --append=$demo/table.jsonl > $demo/eval.txt
 done
-python eval.py --table=$demo/table.jsonl
+python runs/demo.py $demo
 
-echo
-echo "the curves are in $demo/*/curves.png; to begin again, delete $demo"
-echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/sft"
-echo "every option: python sft.py --help"
+echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/grpo"
+echo "begin again:  delete $demo;   every option of a stage: python grpo.py --help"

@@ -1,0 +1,11 @@
+# DPO in the demo, on pairs that the finetuned model sampled: bash runs/demo.sh
+init_from = "out/demo/sft"
+data = "out/demo/pairs"
+out_dir = "out/demo/dpo"
+pairs_per_step = 32
+epochs = 3.0
+lr = 1e-4
+eval_every = 20
+eval_tasks = "sorting,addition"
+eval_questions = 100
+max_seconds = 50.0
