@@ -48,7 +48,7 @@ loss = "sigmoid"            # one of the losses below, or several with weights a
 beta = 0.1                  # pull towards the reference: larger stays closer; simpo wants 2 or more
 sft_weight = -1.0           # of the chosen answers' mean nll per token (RPO); -1: 1 for cpo, 0 for orpo, simpo and kto,
                             # 0.1 for others, which otherwise push down both answers where pairs are alike
-label_smoothing = 0.0       # share of labels thought wrong: sigmoid (cDPO), robust, exo (0: 0.001), aot, cpo, simpo
+label_smoothing = 0.0       # share of labels thought wrong: sigmoid (cDPO), robust, exo (0: 0.001), cpo, simpo
 simpo_gamma = 0.5           # margin that simpo wants beyond zero, not multiplied by beta
 discopop_tau = 0.05         # temperature of discopop's switch between its two losses
 desirable_weight = 1.0      # kto: of thumbs up
@@ -158,11 +158,6 @@ def discopop(a, b, beta, discopop_tau=0.05):
             + torch.exp(F.logsigmoid(z / discopop_tau) - z))
 
 
-def aot(a, b, beta, label_smoothing=0.0):
-    """AOT, Melnyk et al. 2024 (arXiv:2406.05882): the chosen's distribution over the batch dominates the rejected's."""
-    return sigmoid(a.sort().values, b.sort().values, beta, label_smoothing)
-
-
 def simpo(a, b, beta, simpo_gamma=0.5, label_smoothing=0.0):
     """SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): -log sigmoid(beta (a - b) - gamma) on mean log-probabilities
     per token."""
@@ -203,7 +198,6 @@ LOSSES = dict(                  # name: function, what its a and b are, its opti
     robust=(robust, "ratios", "label_smoothing"), hinge=(hinge, "ratios"), ipo=(ipo, "mean ratios"),
     exo=(exo, "ratios", "label_smoothing"), nca=(nca, "ratios"), bco=(bco, "ratios"), sppo=(sppo, "ratios"),
     apo_zero=(apo_zero, "ratios"), apo_down=(apo_down, "ratios"), discopop=(discopop, "ratios", "discopop_tau"),
-    aot=(aot, "differences", "label_smoothing"), aot_unpaired=(aot, "ratios", "label_smoothing"),
     cpo=(sigmoid, "logps", "label_smoothing"), simpo=(simpo, "mean logps", "simpo_gamma", "label_smoothing"),
     orpo=(orpo, "mean logps"), kto=(kto, "ratios", "desirable_weight", "undesirable_weight"))
 ALIASES = dict(dpo="sigmoid", exo_pair="exo", nca_pair="nca", bco_pair="bco", sppo_hard="sppo")
@@ -234,8 +228,6 @@ def read_losses(text, e=0.0, weight=-1.0):
 
 def scores(kind, logp_A, ref_A, n_A):
     """What a loss calls a and b, (P,) each, from the answers' log-probabilities and numbers of tokens."""
-    if kind == "differences":
-        return logp_A[0::2] - logp_A[1::2], ref_A[0::2] - ref_A[1::2]
     x_A = logp_A - ref_A if "ratios" in kind else logp_A
     x_A = x_A / n_A if "mean" in kind else x_A
     return x_A[0::2], x_A[1::2]
@@ -477,9 +469,6 @@ def main(config):
     if rest or not accumulation:
         raise SystemExit(f"dpo.py: pairs_per_step={pairs_per_step} is not a multiple of micro_pairs * ranks = "
                          f"{micro} * {run.world_size}")
-    if {"aot", "aot_unpaired"} & {*losses} and micro < pairs_per_step:
-        raise SystemExit("dpo.py: aot sorts the whole step's answers, so that micro_pairs must be pairs_per_step="
-                         f"{pairs_per_step}, on one rank; got {micro} on {run.world_size}")
 
     # model
     tokenizer, model = Tokenizer.load(folder), GPT.load(folder)

@@ -38,7 +38,7 @@ def value(name, logp_A, ref_A, n_A=None, **options):
 @pytest.mark.parametrize("name, expected", [
     ("sigmoid", math.log(2)), ("sigmoid_norm", math.log(2)), ("robust", math.log(2)), ("hinge", 1), ("apo_zero", 1),
     ("ipo", 1 / (4 * 0.1 ** 2)), ("sppo", 2 * 25), ("nca", 2 * math.log(2)), ("bco", 2 * math.log(2)), ("apo_down", 1),
-    ("aot", math.log(2)), ("aot_unpaired", math.log(2)), ("kto", 2 * 0.5), ("discopop", (math.log(2) + 1) / 2)])
+    ("kto", 2 * 0.5), ("discopop", (math.log(2) + 1) / 2)])
 def test_where_policy_and_reference_agree_the_loss_is_the_closed_form(name, expected):
     logp_A = -10 * torch.rand(6, dtype=torch.float64)
     assert value(name, logp_A, logp_A).item() / 3 == pytest.approx(expected, abs=1e-12)
@@ -382,7 +382,7 @@ def test_what_is_displaced_is_said():
     (["--loss=kto", "--pairs_per_step=1"], "must be at least 2"), (["--method=head"], "method must be full or lora"),
     (["--data={}/thumbs"], "needs pairs"), (["--pairs_per_step=99"], "fewer than one step"),
     (["--data=nowhere"], "there is no nowhere/train.jsonl"), (["--init_from={}/reward"], "is a reward model"),
-    (["--loss=aot", "--micro_pairs=4"], "aot sorts"), (["--epochs=0", "--max_steps=0"], "nothing to do"),
+    (["--epochs=0", "--max_steps=0"], "nothing to do"),
     (["--eval_tasks=sortin"], "eval_tasks names 'sortin'"), (["--context=500"], "is longer than the 128 tokens"),
     (["--pairs_per_step=6", "--micro_pairs=4"], "is not a multiple of")])
 def test_bad_input_is_one_sentence(folder, tmp_path, monkeypatch, flags, said):

@@ -97,9 +97,9 @@ def dpo_trainer(folder, out, names, **options):
     return loss.item(), trainer.model, metrics
 
 
-SMOOTHED = {"robust": 0.1, "exo": 0.1, "aot": 0.1, "aot_unpaired": 0.1}
+SMOOTHED = {"robust": 0.1, "exo": 0.1}
 OF_DPO = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down",
-          "discopop", "aot", "aot_unpaired"]
+          "discopop"]
 
 
 @pytest.mark.parametrize("name", OF_DPO)
