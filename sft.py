@@ -15,12 +15,12 @@ import os
 import torch
 
 import common
-import engine
 import lora
 import optim
 from chats import ChatBatches, Chats, fixed_chats
 from configurator import configure
 from model import GPT, fetch
+from rollouts import greedy_accuracy, print_samples
 from tasks import TASKS
 from tokenizer import Tokenizer
 
@@ -111,28 +111,10 @@ def evaluate(model, rows, run):
     return {name: value / max(1, targets) for name, value in zip(names, sums)}
 
 
-def greedy_accuracy(model, tokenizer, task, n_questions):
-    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
-    questions = list(TASKS[task].questions("dev", limit=n_questions))
-    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
-    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
-    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
-                for question, answer in zip(questions, answers)]
-    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
-
-
-def answer_text(tokenizer, answer):
-    """What was generated, without the id that ended it."""
-    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
-
-
-def print_samples(model, tokenizer, chats, count, run):
-    """Prints the first held-out chats up to their first answer, and the model's greedy one."""
-    for start, end in zip(chats.offsets[:count], chats.offsets[1:]):
-        asked = chats.tokens[start:start + chats.mask[start:end].argmax()].tolist()
-        [answer] = engine.generate(model, [asked], max_new_tokens=128, temperature=0)
-        text = tokenizer.decode(asked) + answer_text(tokenizer, answer)
-        run.print("  sample: " + text.replace("\n", "\n  | "))
+def openings(chats, count):
+    """The ids of the first chats, each up to its first answer."""
+    return [chats.tokens[start:start + chats.mask[start:end].argmax()].tolist()
+            for start, end in zip(chats.offsets[:count], chats.offsets[1:])]
 
 
 def main(config):
@@ -234,7 +216,7 @@ def main(config):
             if run.is_main:
                 if method == "lora":
                     lora.save(model, run.path("adapter"), base=init_from)
-                print_samples(model, tokenizer, held_out, samples, run)
+                print_samples(model, tokenizer, openings(held_out, samples), run)
         elif stopping:
             run.extra.update(guard=guard.state())
             run.save(model, updates, step, tokenizer)
