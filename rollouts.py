@@ -420,6 +420,15 @@ class WrongLength(Exception):
 # evaluation
 
 
+def greedy_tasks(text):
+    """The names in "addition,sorting", tasks that make up their questions; ValueError on any other."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    made_up = [name for name, task in TASKS.items() if task.generated]
+    for name in (name for name in names if name not in made_up):
+        raise ValueError(f"eval_tasks names {name!r}; tasks that make up their questions are {', '.join(made_up)}")
+    return names
+
+
 def greedy_accuracy(model, tokenizer, task, n_questions):
     """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
     questions = list(TASKS[task].questions("dev", limit=n_questions))

@@ -10,7 +10,6 @@ The loss is the mean negative log-likelihood of the assistants' tokens and the <
 Shapes: B rows of one forward pass, T tokens of a row, packed with whole chats. A step is one optimizer update.
 """
 import math
-import os
 
 import torch
 
@@ -20,8 +19,7 @@ import optim
 from chats import ChatBatches, Chats, fixed_chats
 from configurator import configure
 from model import GPT, fetch
-from rollouts import greedy_accuracy, print_samples
-from tasks import TASKS
+from rollouts import greedy_accuracy, greedy_tasks, print_samples
 from tokenizer import Tokenizer
 
 # --- run ---
@@ -122,26 +120,9 @@ def main(config):
                  eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
                  max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, neftune=0,
                  spike_patience=1, token_stats=0, lora_rank=1, lora_alpha=0, lora_dropout=0)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"sft.py: --{name} must be at least {least[name]}, got {config[name]}")
-    if not epochs and not max_steps:
-        raise SystemExit("sft.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"sft.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
-    if method not in ("full", "lora", "head"):
-        raise SystemExit(f"sft.py: method must be full, lora or head, got {method!r}")
-    if method != "full" and optimizer != "adamw":
-        raise SystemExit(f"sft.py: --method={method} trains with adamw, got --optimizer={optimizer}")
-    asked = [name.strip() for name in eval_tasks.split(",") if name.strip()]
-    for name in (name for name in asked if name not in TASKS or not TASKS[name].generated):
-        raise SystemExit(f"sft.py: eval_tasks names {name!r}; tasks that make up their questions are "
-                         f"{', '.join(name for name, task in TASKS.items() if task.generated)}")
+    common.check(config, least, method=("full", "lora", "head"))
+    asked = greedy_tasks(eval_tasks)
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2, momentum) >= 1:
-        raise SystemExit(f"sft.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
-    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"sft.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_rows or max(1, rows_per_step // run.world_size)
