@@ -1,6 +1,6 @@
 """The machine under every stage: ranks, device, dtype, seeds, the log, atomic files, exact resume.
 
-    common.check(config, dict(lr=0), method=("full",))  refuses what is out of range
+    common.check(config, dict(lr=0))                  refuses what no stage runs with
     run = common.start(config)                        checks out_dir, joins the ranks, prints the machine
     run.resume(model, optimizer)                      opens the log; with --resume=true restores the newest state
     for step in range(run.first_step, max_steps): ... run.log(step, loss=...), run.save(model, optimizer, step)
