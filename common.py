@@ -1,5 +1,6 @@
 """The machine under every stage: ranks, device, dtype, seeds, the log, atomic files, exact resume.
 
+    common.check(config, dict(lr=0))                  refuses what no stage runs with
     run = common.start(config)                        checks out_dir, joins the ranks, prints the machine
     run.resume(model, optimizer)                      opens the log; with --resume=true restores the newest state
     for step in range(run.first_step, max_steps): ... run.log(step, loss=...), run.save(model, optimizer, step)
@@ -114,6 +115,26 @@ def matmul_rate(device, dtype, seconds=0.1):
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def check(config, least, **known):
+    """Refuses, with ValueErrors of one sentence, what no stage runs with: an option below its `least` value or that is
+    none of its `known` ones, nothing to do, an average that never moves, and an out_dir that holds init_from."""
+    for name in (name for name in least if config[name] < least[name]):
+        raise ValueError(f"--{name} must be at least {least[name]}, got {config[name]}")
+    for name, values in dict(known, report_to=("wandb", "tensorboard", "")).items():
+        if config[name] not in values:
+            *others, last = [value or "empty" for value in values]
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {config[name]!r}")
+    if not config["max_steps"] and not config["epochs"]:
+        raise ValueError("--epochs=0 and --max_steps=0 leave nothing to do; set one of them")
+    for name in (name for name in ("beta1", "beta2", "momentum") if config.get(name, 0) >= 1):
+        raise ValueError(f"--{name} must be below 1, got {config[name]}")
+    if config["method"] != "full" and config.get("optimizer", "adamw") != "adamw":
+        raise ValueError(f"--method={config['method']} trains with adamw, got --optimizer={config['optimizer']}")
+    if f"{os.path.realpath(config['init_from'])}/".startswith(f"{os.path.realpath(config['out_dir'])}/"):
+        raise ValueError(f"init_from={config['init_from']} lies in out_dir={config['out_dir']}, which this run would "
+                         "replace; choose another --out_dir")
 
 
 def start(config):

@@ -160,14 +160,15 @@ def frames(trace):
 
 
 def explain(script, kind, error, trace):
-    """sys.excepthook: a ValueError from a `raise` of ours is a sentence for the user; all else keeps its traceback.
+    """sys.excepthook: a ValueError, of any kind, from a `raise` of ours is a sentence for the user; all else keeps its
+    traceback.
 
     Errors of the file system come from below but tell of the user's disk: they too end in one sentence.
     """
     *_, last = frames(trace)
     file = os.path.abspath(last.tb_frame.f_code.co_filename)
     raised_here = linecache.getline(file, last.tb_lineno).strip().startswith("raise ")
-    if kind is ValueError and raised_here and os.path.dirname(file) == HERE:
+    if issubclass(kind, ValueError) and raised_here and os.path.dirname(file) == HERE:
         print(f"{script}: {error}", file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename is not None:
         print(f"{script}: {error.strerror}: {error.filename}", file=sys.stderr)

@@ -9,9 +9,6 @@ DPO (Rafailov et al. 2023, arXiv:2305.18290) and the losses that followed it, ea
 Shapes: P pairs, A answers (2P, or those of thumbs), L tokens of the longest answer, N tokens of the packed row. A step
 is one optimizer update.
 """
-import contextlib
-import copy
-import hashlib
 import math
 import os
 
@@ -19,15 +16,15 @@ import torch
 import torch.nn.functional as F
 
 import common
-import engine
 import lora
 import optim
 from configurator import configure
 from formats import split_weights
 from model import GPT, fetch, read_json
 from packing import pack
-from pairs import PairBatches, Pairs, ThumbBatches, Thumbs, fixed_pairs
-from tasks import TASKS
+from pairs import PairBatches, Pairs, ThumbBatches, Thumbs, fixed_pairs, holds_thumbs
+from reference import Reference, answer_logps
+from rollouts import greedy_accuracy, greedy_tasks, print_samples
 from tokenizer import Tokenizer
 
 # --- run ---
@@ -48,7 +45,7 @@ loss = "sigmoid"            # one of the losses below, or several with weights a
 beta = 0.1                  # pull towards the reference: larger stays closer; simpo wants 2 or more
 sft_weight = -1.0           # of the chosen answers' mean nll per token (RPO); -1: 1 for cpo, 0 for orpo, simpo and kto,
                             # 0.1 for others, which otherwise push down both answers where pairs are alike
-label_smoothing = 0.0       # share of labels thought wrong: sigmoid (cDPO), robust, exo (0: 0.001), aot, cpo, simpo
+label_smoothing = 0.0       # share of labels thought wrong: sigmoid (cDPO), robust, exo (0: 0.001), cpo, simpo
 simpo_gamma = 0.5           # margin that simpo wants beyond zero, not multiplied by beta
 discopop_tau = 0.05         # temperature of discopop's switch between its two losses
 desirable_weight = 1.0      # kto: of thumbs up
@@ -158,11 +155,6 @@ def discopop(a, b, beta, discopop_tau=0.05):
             + torch.exp(F.logsigmoid(z / discopop_tau) - z))
 
 
-def aot(a, b, beta, label_smoothing=0.0):
-    """AOT, Melnyk et al. 2024 (arXiv:2406.05882): the chosen's distribution over the batch dominates the rejected's."""
-    return sigmoid(a.sort().values, b.sort().values, beta, label_smoothing)
-
-
 def simpo(a, b, beta, simpo_gamma=0.5, label_smoothing=0.0):
     """SimPO, eq. 6 of Meng et al. 2024 (arXiv:2405.14734): -log sigmoid(beta (a - b) - gamma) on mean log-probabilities
     per token."""
@@ -203,7 +195,6 @@ LOSSES = dict(                  # name: function, what its a and b are, its opti
     robust=(robust, "ratios", "label_smoothing"), hinge=(hinge, "ratios"), ipo=(ipo, "mean ratios"),
     exo=(exo, "ratios", "label_smoothing"), nca=(nca, "ratios"), bco=(bco, "ratios"), sppo=(sppo, "ratios"),
     apo_zero=(apo_zero, "ratios"), apo_down=(apo_down, "ratios"), discopop=(discopop, "ratios", "discopop_tau"),
-    aot=(aot, "differences", "label_smoothing"), aot_unpaired=(aot, "ratios", "label_smoothing"),
     cpo=(sigmoid, "logps", "label_smoothing"), simpo=(simpo, "mean logps", "simpo_gamma", "label_smoothing"),
     orpo=(orpo, "mean logps"), kto=(kto, "ratios", "desirable_weight", "undesirable_weight"))
 ALIASES = dict(dpo="sigmoid", exo_pair="exo", nca_pair="nca", bco_pair="bco", sppo_hard="sppo")
@@ -234,8 +225,6 @@ def read_losses(text, e=0.0, weight=-1.0):
 
 def scores(kind, logp_A, ref_A, n_A):
     """What a loss calls a and b, (P,) each, from the answers' log-probabilities and numbers of tokens."""
-    if kind == "differences":
-        return logp_A[0::2] - logp_A[1::2], ref_A[0::2] - ref_A[1::2]
     x_A = logp_A - ref_A if "ratios" in kind else logp_A
     x_A = x_A / n_A if "mean" in kind else x_A
     return x_A[0::2], x_A[1::2]
@@ -255,49 +244,15 @@ def loss_sum(losses, logp_A, ref_A, n_A, label_A, kl, options):
     return total
 
 
-# --- what is learnt from ---
-
-def groups_of(data, indices):
-    """[(prompt, answers)] to pack: of pairs the chosen and the rejected answer, of thumbs the one there is."""
-    if isinstance(data, Pairs):
-        return [(data.prompts[i], [data.chosen[i], data.rejected[i]]) for i in indices]
-    return [(data.prompts[i], [data.completions[i]]) for i in indices]
-
-
-def holds_thumbs(folder):
-    """Whether the folder's first row is a single answer; False where there is no row, which Pairs says better."""
-    path = os.path.join(folder, "train.jsonl")
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return '"completion":' in f.readline()
-
-
-def labels_of(data, indices):
-    """(A,) bool: which of the answers of groups_of are chosen (or desirable)."""
-    return torch.tensor([True, False] * len(indices)) if isinstance(data, Pairs) else data.labels[indices]
-
-
-def mismatched(data, numbers, places, context):
-    """Groups for KTO's divergence: the prompts at `places` of numbers, each with the answers of the one before it."""
-    groups = groups_of(data, numbers)
-    return [(groups[k][0], [answer[:max(1, context - len(groups[k][0]))] for answer in groups[k - 1][1]])
-            for k in places]
-
-
-def texts(packed, groups):
+def texts(packed):
     """(1, N) targets of the answers and of their prompts, which ORPO trains too; each prompt token once."""
-    targets, at = packed.targets.clone(), 0
-    for prompt, answers in groups:
-        targets[0, at:at + len(prompt) - 1] = packed.ids.new_tensor(prompt[1:])
-        at += len(prompt) - 1 + sum(len(answer) + 1 for answer in answers)
-    return targets
+    return packed.ids.roll(-1, 1).index_fill(1, packed.last, -100)
 
 
 def mean_loss(terms, data, numbers, losses, sft):
-    """The mean loss of data's `numbers` from TERMS, sums over them or over some of them: pair losses per pair (kto: per
+    """The mean loss of data's `numbers` from three sums over them or over some of them: pair losses per pair (kto: per
     answer), sft times the chosen answers' nats per token, and ORPO's nats per token of prompts and chosen answers."""
-    groups, labels = groups_of(data, numbers), labels_of(data, numbers)
+    groups, labels = data.groups(numbers), data.liked(numbers)
     chosen = sum(len(answers[0]) for (_, answers), label in zip(groups, labels[::len(groups[0][1])]) if label)
     text = chosen + sum(len(prompt) - 1 for prompt, _ in groups)
     pair_losses, chosen_nats, text_nats = terms
@@ -305,120 +260,39 @@ def mean_loss(terms, data, numbers, losses, sft):
             + losses.get("orpo", 0.0) * text_nats / text)
 
 
-# --- the reference ---
-
-def frozen_copy(model):
-    """The model as it is now: a copy that shares nothing with it and has no gradients."""
-    return copy.deepcopy(model).requires_grad_(False)
-
-
-def answer_logps(model, packed):
-    """(A,) log-probabilities of the answers, in nats. A reference has no gradients of its own and is not to be called
-    under no_grad beside a policy that is not: other kernels round otherwise, and the loss would not begin at ln 2."""
-    return -packed.by_answer(model.forward(packed.ids, packed.targets, **packed.layout)).sum(1)  # past DDP's hooks
-
-
-def weights_fingerprint(model):
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def stored_logps(path, weights, splits, compute, micro, run):
-    """[(P, 2) log-probabilities of each split's pairs under the reference], from `path`, or computed and written there.
-    ValueError if what is stored is of another model or other data."""
-    wanted = dict(weights=weights, data=[pairs.fingerprint for pairs in splits])
-    if os.path.exists(path):
-        try:
-            found = torch.load(path, weights_only=True)
-            same = {name: found[name] == wanted[name] for name in wanted}
-        except Exception as error:
-            raise ValueError(f"the stored reference {path} is damaged ({type(error).__name__}); remove it") from None
-        for name in (name for name in wanted if not same[name]):
-            raise ValueError(f"the stored reference {path} is of other {name}: {found[name]}, and this run has "
-                             f"{wanted[name]}; remove it, or choose another --reference_dir")
-        return [logps.to(run.device) for logps in found["logps"]]
-    run.print("computing the reference's log-probabilities of all pairs once")
-    tables = []
-    for pairs in splits:
-        logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        for indices in (indices for indices in fixed_pairs(pairs, micro, 0, run.rank, run.world_size) if indices):
-            logps[indices] = compute(pairs.packed(indices, run.device)).view(-1, 2).cpu().double()
-        tables.append(run.total(logps).float())
-    if run.is_main:
-        common.write_atomic(path, lambda f: torch.save(dict(**wanted, logps=tables), f))
-    run.barrier()
-    return [logps.to(run.device) for logps in tables]
-
-
 # --- metrics, by trl's names ---
 
-TERMS = ("pair_losses", "chosen_nats", "text_nats")             # of the loss: see mean_loss
-SIDES = ("chosen", "rejected")
-COLUMNS = ("answers", "rewards", "logps", "tokens", "logits")   # of each side
-SUMS = (*TERMS, "processed", "entropy", *(f"{name}/{side}" for side in SIDES for name in COLUMNS),
-        "pairs", "right", "log_odds", "log_odds_ratio")
+@torch.no_grad()
+def columns(packed, label_A, logp_A, reward_A, logits_1N, entropy_1N):
+    """(A, 6) of answers: what `summarise` makes metrics of."""
+    logits_A, entropy_A = (packed.by_answer(x).sum(1) for x in (logits_1N, entropy_1N))
+    found = (label_A, logp_A, reward_A, packed.lengths, logits_A, entropy_A)
+    return torch.stack([x.float() for x in found], 1).cpu().double()
+
+
+def summarise(table_A6, paired, losses):
+    """Metrics of a whole step's answers, of pairs one after the other; none of a side without answers."""
+    label_A, logp_A, reward_A, n_A, logits_A, entropy_A = table_A6.unbind(1)
+    metrics = dict(entropy=entropy_A.sum() / n_A.sum())
+    for side, of in (("chosen", label_A > 0), ("rejected", label_A == 0)):
+        if of.any():
+            metrics |= {f"rewards/{side}": reward_A[of].mean(), f"logps/{side}": logp_A[of].mean(),
+                        f"logits/{side}": logits_A[of].sum() / n_A[of].sum()}
+    if len(metrics) == 7:
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if paired:
+        metrics["rewards/accuracies"] = (reward_A[0::2] > reward_A[1::2]).double().mean()
+    if "orpo" in losses:
+        log_odds_P = log_odds_ratio(*scores("mean logps", logp_A, None, n_A))
+        metrics |= dict(log_odds_chosen=log_odds_P.mean(), log_odds_ratio=F.logsigmoid(log_odds_P).mean())
+    return {name: value.item() for name, value in metrics.items()}
 
 
 @torch.no_grad()
-def count(packed, label_A, logp_A, reward_A, logits_1N, entropy_1N, paired):
-    """The rest of SUMS over a micro-batch, in that order."""
-    columns = torch.stack([torch.ones_like(logp_A), reward_A, logp_A, packed.lengths.float(),
-                           packed.by_answer(logits_1N).sum(1)], 1)
-    sums = [packed.ids.numel(), packed.by_answer(entropy_1N).sum(), *columns[label_A].sum(0), *columns[~label_A].sum(0)]
-    if not paired:
-        return [*sums, 0, 0, 0, 0]
-    log_odds = log_odds_ratio(*scores("mean logps", logp_A, None, packed.lengths))
-    right = reward_A[0::2] > reward_A[1::2]
-    return [*sums, len(right), right.sum(), log_odds.sum(), F.logsigmoid(log_odds).sum()]
-
-
-def summarise(sums, losses):
-    """Metrics from {name of SUMS: its value over all micro-batches and ranks}; none of a side without answers."""
-    metrics = {}
-    for name in ("rewards", "logps", "logits"):
-        for side in (side for side in SIDES if sums[f"answers/{side}"]):
-            n = sums[f"tokens/{side}" if name == "logits" else f"answers/{side}"]
-            metrics[f"{name}/{side}"] = sums[f"{name}/{side}"] / n
-    if len(metrics) == 6:
-        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    if sums["pairs"]:
-        metrics["rewards/accuracies"] = sums["right"] / sums["pairs"]
-    if "orpo" in losses:
-        metrics |= {name: sums[name] / sums["pairs"] for name in ("log_odds_ratio", "log_odds")}
-        metrics["log_odds_chosen"] = metrics.pop("log_odds")
-    return metrics | dict(entropy=sums["entropy"] / (sums["tokens/chosen"] + sums["tokens/rejected"]))
-
-
 def mean_logits(model, hidden):
     """(1, N) means over the vocabulary of the logits: the product with the head's mean row."""
-    with torch.no_grad():
-        hidden, weight = model.lm_head.folded(hidden)
-        return hidden.float() @ weight.float().mean(0)
-
-
-def greedy_accuracy(model, tokenizer, task, n_questions):
-    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
-    questions = list(TASKS[task].questions("dev", limit=n_questions))
-    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
-    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
-    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
-                for question, answer in zip(questions, answers)]
-    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
-
-
-def answer_text(tokenizer, answer):
-    """What was generated, without the id that ended it."""
-    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
-
-
-def print_samples(model, tokenizer, pairs, count, run):
-    """Prints the first held-out prompts and the model's greedy answers."""
-    for prompt in pairs.prompts[:count]:
-        [answer] = engine.generate(model, [prompt], max_new_tokens=128, temperature=0)
-        text = tokenizer.decode(prompt) + answer_text(tokenizer, answer)
-        run.print("  sample: " + text.replace("\n", "\n  | "))
+    hidden, weight = model.lm_head.folded(hidden)
+    return hidden.float() @ weight.float().mean(0)
 
 
 def displaced(began, metrics):
@@ -436,32 +310,15 @@ def main(config):
                  max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0,
                  spike_patience=1, beta=1e-9, label_smoothing=0, simpo_gamma=0, discopop_tau=1e-9, desirable_weight=0,
                  undesirable_weight=0)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"dpo.py: --{name} must be at least {least[name]}, got {config[name]}")
-    if not epochs and not max_steps:
-        raise SystemExit("dpo.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"dpo.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
-    if method not in ("full", "lora"):
-        raise SystemExit(f"dpo.py: method must be full or lora, got {method!r}")
-    if method != "full" and optimizer != "adamw":
-        raise SystemExit(f"dpo.py: --method={method} trains with adamw, got --optimizer={optimizer}")
-    asked = [name.strip() for name in eval_tasks.split(",") if name.strip()]
-    for name in (name for name in asked if name not in TASKS or not TASKS[name].generated):
-        raise SystemExit(f"dpo.py: eval_tasks names {name!r}; tasks that make up their questions are "
-                         f"{', '.join(name for name, task in TASKS.items() if task.generated)}")
+    common.check(config, least, method=("full", "lora"), reference=("auto", "stored"))
+    asked = greedy_tasks(eval_tasks)
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2, momentum) >= 1:
-        raise SystemExit(f"dpo.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
-    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"dpo.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     how = dict(beta=beta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma, discopop_tau=discopop_tau,
                desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     losses, sft = read_losses(config["loss"], label_smoothing, sft_weight)
     single, compared = "kto" in losses, any("logps" not in LOSSES[name][1] for name in losses)
-    if reference not in ("auto", "stored") or reference == "stored" and (single or not compared):
-        raise SystemExit(f"dpo.py: reference must be auto, or stored for losses with a reference other than kto (whose "
+    if reference == "stored" and (single or not compared):
+        raise SystemExit("dpo.py: reference must be auto, or stored for losses with a reference other than kto (whose "
                          f"pairs are shuffled), got --reference={reference} --loss={config['loss']}")
     paired = not holds_thumbs(data)
     if not paired and not single:
@@ -477,11 +334,8 @@ def main(config):
     if rest or not accumulation:
         raise SystemExit(f"dpo.py: pairs_per_step={pairs_per_step} is not a multiple of micro_pairs * ranks = "
                          f"{micro} * {run.world_size}")
-    if {"aot", "aot_unpaired"} & {*losses} and micro < pairs_per_step:
-        raise SystemExit("dpo.py: aot sorts the whole step's answers, so that micro_pairs must be pairs_per_step="
-                         f"{pairs_per_step}, on one rank; got {micro} on {run.world_size}")
 
-    # model
+    # model and reference
     tokenizer, model = Tokenizer.load(folder), GPT.load(folder)
     if tokenizer.chat_end_id is None:
         raise SystemExit(f"dpo.py: the tokenizer in {init_from} has no <|im_start|> and <|im_end|> to write chats "
@@ -492,12 +346,8 @@ def main(config):
                          f"{init_from} was trained on; lower it, or pretrain with a longer context first")
     if tokenizer.chat_end_id not in model.config.stop_ids:
         model.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
-    begun_from = f"{weights_fingerprint(model)} in {run.dtype}"
-    frozen = None
-    if compared and method == "full":
-        frozen = frozen_copy(model).to(run.device)
-        frozen.model.dtype = run.dtype
-    elif method == "lora":
+    ref = Reference(model, run, copied=compared and method == "full")
+    if method == "lora":
         lora.add(model, lora_rank, lora_alpha, lora_targets, rslora)    # no dropout: it would part policy and reference
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
@@ -513,71 +363,57 @@ def main(config):
         raise SystemExit("dpo.py: kto estimates its divergence on prompts with the answers of other rows, so that "
                          f"pairs_per_step and the held-out rows must be at least 2, got {pairs_per_step} and {n_val}")
     held = (f"{len(train):,} {'pairs' if paired else 'answers'} {train.fingerprint} and {len(val):,} held out "
-            f"{val.fingerprint}, to train {begun_from}")
+            f"{val.fingerprint}, to train {ref.name}")
     if run.state and run.state["extra"]["data"] != held:
         raise SystemExit(f"dpo.py: --resume=true, but {data} and {init_from} held {run.state['extra']['data']} and now "
                          f"hold {held}; restore them, or begin a new run")
     last_step = max_steps or math.ceil(epochs * batches.steps_per_epoch)
-
-    # reference
-    def reference_logps(packed):
-        with lora.disabled(model) if frozen is None else contextlib.nullcontext():
-            return answer_logps(model if frozen is None else frozen, packed)
-
-    tables = {}
     if reference == "stored":
-        path = os.path.join(reference_dir or out_dir, "reference.pt")
-        if run.is_main and overwrite and not reference_dir and os.path.exists(path):
-            os.remove(path)
-        run.barrier()
-        tables = dict(zip((train, val), stored_logps(path, begun_from, (train, val), reference_logps, micro, run)))
-        frozen = None
+        ref.store(os.path.join(reference_dir or out_dir, "reference.pt"), (train, val), micro,
+                  anew=overwrite and not reference_dir)
 
     def forward(pairs, indices, kl):
-        """The three TERMS of the loss over a micro-batch, with gradients, and all of its SUMS."""
-        groups, label_A = groups_of(pairs, indices), labels_of(pairs, indices).to(run.device)
-        packed, ref_A = pack(groups, run.device), None
-        if compared:
-            ref_A = tables[pairs][indices].flatten() if tables else reference_logps(packed)
-        targets = texts(packed, groups) if "orpo" in losses else packed.targets
+        """The three terms of `mean_loss` over a micro-batch, with gradients, and (them and the tokens processed, the
+        answers' `columns`) to count."""
+        packed, label_A = pairs.packed(indices, run.device), pairs.liked(indices).to(run.device)
+        ref_A = ref.of(pairs, indices, packed) if compared else None
+        targets = texts(packed) if "orpo" in losses else packed.targets
         nll_1N, entropy_1N = model(packed.ids, targets, want_entropy=True, **packed.layout)
         logp_A = -packed.by_answer(nll_1N).sum(1)
-        kind = LOSSES[next(iter(losses))][1]
-        reward_A = beta * (logp_A - ref_A if compared else logp_A / packed.lengths if "mean" in kind else logp_A)
+        mean = "mean" in LOSSES[next(iter(losses))][1]
+        reward_A = beta * (logp_A - ref_A if compared else logp_A / packed.lengths if mean else logp_A)
         terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, how), -logp_A[label_A].sum(),
                  nll_1N.sum() + logp_A[~label_A].sum())
-        rest = count(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N, paired)
-        return terms, torch.tensor([*(term.item() for term in terms), *map(float, rest)], dtype=torch.float64)
+        sums = torch.tensor([*(term.item() for term in terms), packed.ids.numel()], dtype=torch.float64)
+        return terms, (sums, columns(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N))
 
     @torch.no_grad()
     def divergence(pairs, numbers, parts):
         """KTO's z_0: the mean log-ratio of mismatched answers, at least 0; over the whole step, so that it does not
         depend on how the step is split. `parts`: this rank's places in `numbers`, a micro-batch each."""
         total = torch.zeros(2, dtype=torch.float64)
-        for places in (places for places in parts if single and len(places)):
-            packed = pack(mismatched(pairs, numbers, places, T), run.device)
-            ratio_A = answer_logps(model, packed) - reference_logps(packed)
+        for places in filter(None, parts):
+            packed = pack(pairs.mismatched(numbers, places, T), run.device)
+            ratio_A = answer_logps(model, packed) - ref(packed)
             total += torch.tensor([ratio_A.sum().item(), len(ratio_A)], dtype=torch.float64)
-        ratios, n = run.total(total).tolist() if single else (0, 1)
+        ratios, n = run.total(total).tolist()
         return max(0.0, ratios / n)
 
-    def finish(sums, pairs, numbers, kl):
-        """The mean loss and the metrics of `numbers`, from this rank's share of the SUMS."""
-        totals = run.total(sums).tolist()
-        mean = mean_loss(totals[:3], pairs, numbers, losses, sft)
-        only = ({"orpo": 1.0}, 0.0) if "orpo" in losses else ({}, 1.0)      # the nll that is, or would be, trained
-        extra = dict(nll_loss=mean_loss([0.0, *totals[1:3]], pairs, numbers, *only)) | (dict(kl=kl) if single else {})
-        totals = dict(zip(SUMS, totals))
-        return mean, totals, summarise(totals, losses) | extra
+    def finish(counted, pairs, numbers, kl):
+        """The mean loss, the metrics and the tokens processed of `numbers`, from what each rank counted."""
+        *terms, processed = run.total(sum((sums for sums, _ in counted), torch.zeros(4, dtype=torch.float64))).tolist()
+        table_A6, text = torch.cat(run.gather([table for _, table in counted])), "orpo" in losses
+        metrics = summarise(table_A6, paired, losses) | (dict(kl=kl) if single else {})
+        metrics["nll_loss"] = mean_loss([0.0, *terms[1:]], pairs, numbers, {"orpo": 1.0} if text else {}, 1.0 - text)
+        return mean_loss(terms, pairs, numbers, losses, sft), metrics, round(processed)
 
     @torch.no_grad()
     def evaluate():
         """eval_ metrics over the first held-out pairs, each once."""
         numbers, parts = range(n_val), list(fixed_pairs(val, micro, n_val, run.rank, run.world_size))
-        kl, sums = divergence(val, numbers, parts), torch.zeros(len(SUMS), dtype=torch.float64)
-        for indices in filter(None, parts):
-            sums += forward(val, indices, kl)[1]
-        mean, _, metrics = finish(sums, val, numbers, kl)
+        kl = divergence(val, numbers, parts) if single else 0.0
+        counted = [forward(val, indices, kl)[1] for indices in parts if indices]
+        mean, metrics, _ = finish(counted, val, numbers, kl)
         return {f"eval_{name}": value for name, value in dict(loss=mean, **metrics).items() if "logits" not in name}
 
     # optimizer, and where the resumed run stopped
@@ -618,7 +454,7 @@ def main(config):
             if run.is_main:
                 if method == "lora":
                     lora.save(model, run.path("adapter"), base=init_from)
-                print_samples(model, tokenizer, val, samples, run)
+                print_samples(model, tokenizer, val.prompts[:samples], run)
         elif stopping:
             run.extra.update(guard=guard.state())
             run.save(model, updates, step, tokenizer)
@@ -634,22 +470,22 @@ def main(config):
         # gradients: one denominator for the whole step, all micro-batches and ranks
         numbers = batches.numbers(step)
         parts = torch.arange(pairs_per_step).view(-1, run.world_size, micro)[:, run.rank].tolist()
-        kl, sums = divergence(train, numbers, parts), torch.zeros(len(SUMS), dtype=torch.float64)
+        kl, counted = divergence(train, numbers, parts) if single else 0.0, []
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            terms, counted = forward(train, batches(step, i), kl)
+            terms, sums = forward(train, batches(step, i), kl)
             (mean_loss(terms, train, numbers, losses, sft) * run.world_size).backward()
-            sums += counted
+            counted.append(sums)
 
         # update
-        loss, totals, metrics = finish(sums, train, numbers, kl)
+        loss, metrics, n_tokens = finish(counted, train, numbers, kl)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         if guard.accepts(loss, grad_norm):
             updates.step()
         updates.zero_grad()
 
         # log the whole step
-        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + round(totals["processed"])
+        run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + n_tokens
         run.log(step, done, loss=loss, **metrics, grad_norm=grad_norm, learning_rate=lr * scale,
                 epoch=batches.epoch(step + 1), num_tokens=run.extra["num_tokens"],
                 pairs_per_second=pairs_per_step / (run.clock() - begin), skipped_updates=guard.skipped)

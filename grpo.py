@@ -9,8 +9,8 @@ same question. Questions, verifiers and rewards: rollouts.py.
 Shapes: P questions of a step, G answers to each, A = P G answers question by question, L tokens of the longest answer.
 A step is one rollout and the iterations * minibatches optimizer updates that it is used for.
 """
+import contextlib
 import math
-import os
 
 import torch
 
@@ -178,50 +178,35 @@ def split(numbers, size):
     return [list(numbers[i:i + size]) for i in range(0, len(numbers), size)]
 
 
-class Tally:
-    """Sums and largest values over the tokens of a step's updates, and over all ranks once `totals` is asked."""
-    SUMS = ("generated", "failed", "tokens", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
-            "clip_ratio/region_mean", "cispo_clip_ratio", "sampling/sampling_logp_difference/mean",
-            "sampling/importance_sampling_ratio/mean")
-    PEAKS = ("clip_ratio/high_max", "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max",
-             "clip_ratio/low_min", "sampling/importance_sampling_ratio/min")         # the latter two are negated
+SUMS = ("tokens", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+        "cispo_clip_ratio", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean")
+PEAKS = ("clip_ratio/high_max", "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max",
+         "clip_ratio/low_min", "sampling/importance_sampling_ratio/min")
 
-    def __init__(self):
-        self.sums, self.peaks = dict.fromkeys(self.SUMS, 0.0), dict.fromkeys(self.PEAKS, -math.inf)
 
-    @torch.no_grad()
-    def watch(self, mask_AL, ratio, advantage_A, old_AL, sampler_AL, kl_AL, entropy_AL, clip_low, clip_high, cispo_cap):
-        better_A1 = advantage_A[:, None]
-        low_AL = (ratio < 1 - clip_low) & (better_A1 < 0) & mask_AL
-        high_AL = (ratio > 1 + clip_high) & (better_A1 > 0) & mask_AL
-        difference_AL = (old_AL - sampler_AL) * mask_AL
-        seen = (mask_AL, entropy_AL * mask_AL, kl_AL * mask_AL, low_AL, high_AL, low_AL | high_AL,
-                (ratio > cispo_cap) & (better_A1 > 0) & mask_AL, difference_AL.abs(), difference_AL.exp() * mask_AL)
-        for name, value in zip(self.SUMS[2:], seen):
-            self.sums[name] += value.sum().double().item()
-        lengths_A = mask_AL.sum(1).clamp(min=1)
-        largest = (high_AL.sum(1) / lengths_A, difference_AL.abs(), difference_AL.exp(), -low_AL.sum(1) / lengths_A,
-                   -difference_AL.exp())
-        for name, value in zip(self.PEAKS, largest):
-            self.peaks[name] = max(self.peaks[name], value.max().item())
+@torch.no_grad()
+def watch(mask_AL, ratio, advantage_A, old_AL, sampler_AL, kl_AL, entropy_AL, clip_low, clip_high, cispo_cap):
+    """(values of SUMS, of PEAKS) over the tokens of one forward pass, the latter two of PEAKS negated."""
+    better_A1, lengths_A = advantage_A[:, None], mask_AL.sum(1).clamp(min=1)
+    low_AL = (ratio < 1 - clip_low) & (better_A1 < 0) & mask_AL
+    high_AL = (ratio > 1 + clip_high) & (better_A1 > 0) & mask_AL
+    gap_AL = (old_AL - sampler_AL) * mask_AL
+    sums = (mask_AL, entropy_AL * mask_AL, kl_AL * mask_AL, low_AL, high_AL, low_AL | high_AL,
+            (ratio > cispo_cap) & (better_A1 > 0) & mask_AL, gap_AL.abs(), gap_AL.exp() * mask_AL)
+    peaks = (high_AL.sum(1) / lengths_A, gap_AL.abs(), gap_AL.exp(), -low_AL.sum(1) / lengths_A, -gap_AL.exp())
+    return [float(x.sum()) for x in sums], [float(x.max()) for x in peaks]
 
-    def totals(self, run, form, kl):
-        """{name: value}: means over the tokens that were computed, without what this form or run does not have."""
-        table = torch.zeros(run.world_size, len(self.SUMS) + len(self.PEAKS), dtype=torch.float64)
-        table[run.rank] = torch.tensor([*self.sums.values(), *self.peaks.values()])
-        table = run.total(table.nan_to_num(neginf=-1e300))
-        found = dict(zip(self.SUMS, table.sum(0).tolist())) | dict(
-            zip(self.PEAKS, table[:, len(self.SUMS):].amax(0).tolist()))
-        tokens = max(1, found["tokens"])
-        for name in self.SUMS[3:]:
-            found[name] /= tokens
-        for name in self.PEAKS[3:]:
-            found[name] = 0.0 - found[name]
-        absent = [name for name in found if name.startswith("clip_ratio") == (form == "cispo") and "clip" in name]
-        absent += [] if kl else ["kl"]
-        if not found["tokens"]:
-            absent += found.keys() - {"generated", "failed", "tokens"}
-        return {name: value for name, value in found.items() if name not in absent}
+
+def summarise(seen, form, kl):
+    """Metrics of all that was watched: means over the tokens, without what this form or run does not have."""
+    tokens, *sums = torch.tensor([sums for sums, _ in seen] or [[0.0]], dtype=torch.float64).sum(0).tolist()
+    if not tokens:
+        return dict(tokens=0)
+    peaks = torch.tensor([peaks for _, peaks in seen], dtype=torch.float64).amax(0).tolist()
+    found = dict(zip(SUMS, (tokens, *(value / tokens for value in sums))))
+    found |= dict(zip(PEAKS, (*peaks[:3], *(0.0 - peak for peak in peaks[3:]))))
+    absent = "clip_ratio" if form == "cispo" else "cispo"
+    return {name: value for name, value in found.items() if not name.startswith(absent) and (kl or name != "kl")}
 
 
 def describe(table_PGN, names):
@@ -232,8 +217,7 @@ def describe(table_PGN, names):
         metrics |= {f"rewards/{name}/mean": columns[name].mean(), f"rewards/{name}/std": columns[name].std()}
     length, ended = columns["length"], columns["length"][columns["finished"] > 0]
     for name, lengths in (("length", length), ("terminated_length", ended if len(ended) else torch.zeros(1))):
-        metrics |= {f"completions/mean_{name}": lengths.mean(), f"completions/min_{name}": lengths.min(),
-                    f"completions/max_{name}": lengths.max()}
+        metrics |= {f"completions/{kind}_{name}": getattr(lengths, kind)() for kind in ("mean", "min", "max")}
     return metrics | {"completions/clipped_ratio": 1 - columns["finished"].mean()}
 
 
@@ -263,21 +247,12 @@ def main(config):
                  minibatches=1, beta=0, correction_cap=0, micro_questions=0, lr=0, weight_decay=0, beta1=0, beta2=0,
                  grad_clip=0, max_steps=1, max_seconds=0, warmup_steps=0, final_lr=0, eval_every=1, eval_questions=1,
                  pass_k=0, samples=0, collapse=0, stuck_steps=1, spike_factor=1, spike_patience=1)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"grpo.py: --{name} must be at least {least[name]}, got {config[name]}")
-    known = dict(form=FORMS, scale=("group", "batch", "none"), kl=("k1", "k2", "k3"), kl_in=("loss", "reward"),
-                 correction=("none", "token", "sequence"), truncated=("keep", "mask", "punish"),
-                 method=("full", "lora"), report_to=("", "wandb", "tensorboard"))
-    for name in (name for name in known if config[name] not in known[name]):
-        raise SystemExit(f"grpo.py: {name} must be one of {', '.join(filter(None, known[name]))}, got {config[name]!r}")
+    common.check(config, least, form=FORMS, scale=("group", "batch", "none"), kl=("k1", "k2", "k3"),
+                 kl_in=("loss", "reward"), correction=("none", "token", "sequence"),
+                 truncated=("keep", "mask", "punish"), method=("full", "lora"))
     if not 0 < temperature < math.inf:
         raise SystemExit(f"grpo.py: --temperature must be above 0, for a group's answers to differ, got {temperature}")
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2) >= 1:
-        raise SystemExit(f"grpo.py: beta1 and beta2 must be below 1, got {beta1} and {beta2}")
-    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"grpo.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
     P, G = questions_per_step, group_size
@@ -338,10 +313,8 @@ def main(config):
 
     @torch.no_grad()
     def of_reference(part):
-        if reference is not None:
-            return forward(reference, part)
-        with lora.disabled(model):
-            return forward(model, part)
+        with lora.disabled(model) if reference is None else contextlib.nullcontext():
+            return forward(model if reference is None else reference, part)
 
     def trains(part):
         """(A,) bool: the answers that are trained on."""
@@ -382,7 +355,7 @@ def main(config):
             group["lr"] = lr_now
 
         # roll out and score: whole groups on a rank; groups without signal are asked anew
-        tally, groups, first_flat_P = Tally(), {}, None
+        generated, failed, groups, first_flat_P = 0, 0, {}, None
         mine, flat_P = range(run.rank * own * minibatches, (run.rank + 1) * own * minibatches), torch.ones(P).bool()
         names = ["reward", *reward.functions, "length", "finished"]
         table_PGN = torch.zeros(P, G, len(names), dtype=torch.float64)
@@ -410,8 +383,7 @@ def main(config):
                 right_P = torch.zeros(P, dtype=torch.float64)
                 right_P[slots] = rollouts.verdicts(rollout)[:, 0].double().view(-1, G).mean(1) if slots else right_P[:0]
                 questions.record([asked[p] for p in again], run.total(right_P)[again].tolist())
-            tally.sums["generated"] += lengths_A.sum().item()
-            tally.sums["failed"] += sum(reward.failed.values())
+            generated, failed = generated + lengths_A.sum().item(), failed + sum(reward.failed.values())
             whole_PGN = run.total(table_PGN)
             flat_P = whole_PGN[..., 0].amin(1) == whole_PGN[..., 0].amax(1)
             first_flat_P = flat_P if first_flat_P is None else first_flat_P
@@ -437,7 +409,7 @@ def main(config):
         mean_tokens = sum(tokens for *_, tokens in batches) / minibatches
 
         # gradients: one denominator for a whole update, all micro-batches and ranks
-        losses, grad_norms = [], []
+        losses, grad_norms, seen = [], [], []
         for parts, watched, needed, tokens in batches * iterations:
             if not needed:
                 continue
@@ -461,8 +433,8 @@ def main(config):
                 (loss * run.world_size).backward()
                 loss_sum += loss.detach()
                 if watched:
-                    tally.watch(mask_AL, ratio, advantage_A, old_AL, part.sampler_logp, kl_AL, entropy_AL, clip_low,
-                                clip_high, cispo_cap)
+                    seen.append(watch(mask_AL, ratio, advantage_A, old_AL, part.sampler_logp, kl_AL, entropy_AL,
+                                      clip_low, clip_high, cispo_cap))
 
             # update
             losses.append(run.total(loss_sum).item())
@@ -472,8 +444,8 @@ def main(config):
             updates.zero_grad()
 
         # log the whole step
-        now, watched = run.clock(), tally.totals(run, form, beta)
-        generated, computed, failed = (watched.pop(name) for name in ("generated", "tokens", "failed"))
+        now, watched = run.clock(), summarise(run.gather(seen), form, beta)
+        computed, (generated, failed) = watched.pop("tokens"), run.total(torch.tensor([generated, failed])).tolist()
         run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + int(generated)
         metrics = describe(whole_PGN, names)
         if losses:

@@ -297,18 +297,54 @@ def fingerprint(*columns):
     return digest.hexdigest()[:16]
 
 
-class Pairs:
+class Rows:
+    """What Pairs and Thumbs share; `columns` are the names of their answers."""
+
+    def __len__(self):
+        return len(self.rows)
+
+    def groups(self, indices):
+        """[(prompt, answers)] of these rows, to pack; a pair's answers are the chosen one and the rejected one."""
+        return [(self.prompts[i], [getattr(self, name)[i] for name in self.columns]) for i in indices]
+
+    def liked(self, indices):
+        """(A,) bool: which of the answers of `groups` are chosen, or have a thumb up."""
+        return self.labels[list(indices)].flatten()
+
+    def packed(self, indices, device="cpu"):
+        """The Packed row of these rows, their answers in the order of `groups`."""
+        from packing import pack
+        return pack(self.groups(indices), device)
+
+    def mismatched(self, numbers, places, context):
+        """Groups for KTO's divergence: the prompts at `places` of numbers, each with the answers of the one before."""
+        groups = self.groups(numbers)
+        return [(groups[k][0], [answer[:max(1, context - len(groups[k][0]))] for answer in groups[k - 1][1]])
+                for k in places]
+
+    def finish(self):
+        """The sources of the rows. ValueError if there are no rows."""
+        if not self.rows:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+            raise ValueError(f"{self.path} holds nothing to learn from" + (f": {reasons}" if reasons else "")
+                             + f"; write it again with {WRITE}")
+        self.sources = [str(row.get("source", "")) for row in self.rows]
+        self.source_names = list(dict.fromkeys(self.sources))
+
+
+class Pairs(Rows):
     """A split of pairs in memory: prompts, chosen, rejected (P lists of ids), margins (P,) fp32 (0 where a row has
     none), sources (P names) and source_names, the different ones; rows, as read; dropped and cut, counts by reason.
 
     ValueError if the file is missing or damaged, holds something else than pairs, or none is left.
     """
+    columns = "chosen", "rejected"
 
     def __init__(self, folder, split, tokenizer, context):
-        self.path, rows = read(folder, split, ("chosen", "rejected"))
+        self.path, rows = read(folder, split, self.columns)
         self.prompts, self.chosen, self.rejected, self.rows = [], [], [], []
         self.dropped, self.cut = Counter(), Counter()
-        for row, prompt, ids, cut in encode(rows, ("chosen", "rejected"), tokenizer, context):
+        for row, prompt, ids, cut in encode(rows, self.columns, tokenizer, context):
             if prompt is None or ids[0] == ids[1]:
                 reason = "without an answer" if prompt is None else "equal answers"
                 self.dropped[reason + " once cut" * ("answers" in cut)] += 1
@@ -316,22 +352,16 @@ class Pairs:
             self.cut.update(cut)
             for column, value in zip((self.prompts, self.chosen, self.rejected, self.rows), (prompt, *ids, row)):
                 column.append(value)
-        finish(self)
+        self.finish()
         import torch  # not at the top: preparing data starts without it
         self.margins = torch.tensor([float(row.get("margin") or 0) for row in self.rows])
+        self.labels = torch.tensor([True, False]).expand(len(self), 2)
         self.fingerprint = fingerprint(self.prompts, self.chosen, self.rejected)
 
-    def __len__(self):
-        return len(self.rows)
 
-    def packed(self, indices, device="cpu"):
-        """The Packed row of these pairs, their answers in the order chosen, rejected, chosen, rejected, ..."""
-        from packing import pack
-        return pack([(self.prompts[i], [self.chosen[i], self.rejected[i]]) for i in indices], device)
-
-
-class Thumbs:
+class Thumbs(Rows):
     """A split of single answers: prompts, completions, labels (A,) bool; the rest as in Pairs."""
+    columns = "completions",
 
     def __init__(self, folder, split, tokenizer, context):
         self.path, rows = read(folder, split, ("completion",))
@@ -344,28 +374,19 @@ class Thumbs:
             self.cut.update(cut)
             for column, value in zip((self.prompts, self.completions, self.rows), (prompt, *ids, row)):
                 column.append(value)
-        finish(self)
+        self.finish()
         import torch  # not at the top: preparing data starts without it
         self.labels = torch.tensor([row["label"] for row in self.rows])
         self.fingerprint = fingerprint(self.prompts, self.completions, [self.labels.int().tolist()])
 
-    def __len__(self):
-        return len(self.rows)
 
-    def packed(self, indices, device="cpu"):
-        """The Packed row of these answers, each after its prompt."""
-        from packing import pack
-        return pack([(self.prompts[i], [self.completions[i]]) for i in indices], device)
-
-
-def finish(data):
-    """The sources of data's rows. ValueError if there are no rows."""
-    if not data.rows:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in data.dropped.items())
-        raise ValueError(f"{data.path} holds nothing to learn from" + (f": {reasons}" if reasons else "")
-                         + f"; write it again with {WRITE}")
-    data.sources = [str(row.get("source", "")) for row in data.rows]
-    data.source_names = list(dict.fromkeys(data.sources))
+def holds_thumbs(folder):
+    """Whether the folder's first row is a single answer; False where there is no row, which Pairs says better."""
+    path = os.path.join(folder, "train.jsonl")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return '"completion":' in f.readline()
 
 
 class PairBatches:

@@ -1,4 +1,5 @@
-"""What PPO and GRPO share: which questions a step asks, the model's answers to them, their rewards, the evaluation.
+"""What PPO and GRPO share: which questions a step asks, the model's answers to them, their rewards, the evaluation;
+and what sft.py and dpo.py show of greedy answers at each evaluation.
 
     questions = Questions("sorting=0.7,addition=0.3", "train", seed, tokenizer, context=256, max_new_tokens=64)
     rollout = sample(model, questions(step, 8), 4, tokenizer, max_new_tokens=64, seed=step_seed(seed, step))
@@ -267,12 +268,17 @@ def joined(rollouts):
     return Rollout(asked, samples, texts, first.n, first.device)
 
 
+def answer_text(tokenizer, answer):
+    """What was generated, without the id that ended it."""
+    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
+
+
 def sample(model, asked, n, tokenizer, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, max_batch=64):
     """A Rollout of n answers to each question, each prompt computed once. With top_k or top_p the log-probabilities are
     renormalised over what is kept; a trainer that does not do the same sees their ratios fall below 1."""
     samples = engine.generate(model, [a.prompt_ids for a in asked], n, max_new_tokens=max_new_tokens, seed=seed,
                               temperature=temperature, top_k=top_k, top_p=top_p, max_batch=max_batch)
-    texts = [tokenizer.decode(s.tokens[:-1] if s.finish == "stop" else s.tokens) for s in samples]
+    texts = [answer_text(tokenizer, answer) for answer in samples]
     return Rollout(list(asked), samples, texts, n, model.lm_head.weight.device)
 
 
@@ -412,6 +418,33 @@ class WrongLength(Exception):
 
 # --------------------------------------------------------------------------------------------------------------------
 # evaluation
+
+
+def greedy_tasks(text):
+    """The names in "addition,sorting", tasks that make up their questions; ValueError on any other."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    made_up = [name for name, task in TASKS.items() if task.generated]
+    for name in (name for name in names if name not in made_up):
+        raise ValueError(f"eval_tasks names {name!r}; tasks that make up their questions are {', '.join(made_up)}")
+    return names
+
+
+def greedy_accuracy(model, tokenizer, task, n_questions):
+    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
+    questions = list(TASKS[task].questions("dev", limit=n_questions))
+    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
+    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
+    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
+                for question, answer in zip(questions, answers)]
+    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
+
+
+def print_samples(model, tokenizer, prompts, run):
+    """Prints prompts and the model's greedy answers."""
+    for prompt in prompts:
+        [answer] = engine.generate(model, [prompt], max_new_tokens=128, temperature=0)
+        text = tokenizer.decode(prompt) + answer_text(tokenizer, answer)
+        run.print("  sample: " + text.replace("\n", "\n  | "))
 
 
 def evaluate(model, tokenizer, dev, rewards, run, k=0, temperature=1.0, max_new_tokens=256, max_batch=64, seed=0):

@@ -10,18 +10,16 @@ The loss is the mean negative log-likelihood of the assistants' tokens and the <
 Shapes: B rows of one forward pass, T tokens of a row, packed with whole chats. A step is one optimizer update.
 """
 import math
-import os
 
 import torch
 
 import common
-import engine
 import lora
 import optim
 from chats import ChatBatches, Chats, fixed_chats
 from configurator import configure
 from model import GPT, fetch
-from tasks import TASKS
+from rollouts import greedy_accuracy, greedy_tasks, print_samples
 from tokenizer import Tokenizer
 
 # --- run ---
@@ -111,28 +109,10 @@ def evaluate(model, rows, run):
     return {name: value / max(1, targets) for name, value in zip(names, sums)}
 
 
-def greedy_accuracy(model, tokenizer, task, n_questions):
-    """(share answered right, share in the asked-for format) of a task's dev questions, answered greedily."""
-    questions = list(TASKS[task].questions("dev", limit=n_questions))
-    prompts = [tokenizer.encode_chat(TASKS[task].messages(question), open_answer=True)[0] for question in questions]
-    answers = engine.generate(model, prompts, max_new_tokens=TASKS[task].max_new_tokens, temperature=0)
-    verdicts = [TASKS[task].score(answer_text(tokenizer, answer), question.answer)
-                for question, answer in zip(questions, answers)]
-    return tuple(sum(column) / len(verdicts) for column in zip(*verdicts))
-
-
-def answer_text(tokenizer, answer):
-    """What was generated, without the id that ended it."""
-    return tokenizer.decode(answer.tokens[:-1] if answer.finish == "stop" else answer.tokens)
-
-
-def print_samples(model, tokenizer, chats, count, run):
-    """Prints the first held-out chats up to their first answer, and the model's greedy one."""
-    for start, end in zip(chats.offsets[:count], chats.offsets[1:]):
-        asked = chats.tokens[start:start + chats.mask[start:end].argmax()].tolist()
-        [answer] = engine.generate(model, [asked], max_new_tokens=128, temperature=0)
-        text = tokenizer.decode(asked) + answer_text(tokenizer, answer)
-        run.print("  sample: " + text.replace("\n", "\n  | "))
+def openings(chats, count):
+    """The ids of the first chats, each up to its first answer."""
+    return [chats.tokens[start:start + chats.mask[start:end].argmax()].tolist()
+            for start, end in zip(chats.offsets[:count], chats.offsets[1:])]
 
 
 def main(config):
@@ -140,26 +120,9 @@ def main(config):
                  eval_questions=1, samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0,
                  max_seconds=0, spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, neftune=0,
                  spike_patience=1, token_stats=0, lora_rank=1, lora_alpha=0, lora_dropout=0)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"sft.py: --{name} must be at least {least[name]}, got {config[name]}")
-    if not epochs and not max_steps:
-        raise SystemExit("sft.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"sft.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
-    if method not in ("full", "lora", "head"):
-        raise SystemExit(f"sft.py: method must be full, lora or head, got {method!r}")
-    if method != "full" and optimizer != "adamw":
-        raise SystemExit(f"sft.py: --method={method} trains with adamw, got --optimizer={optimizer}")
-    asked = [name.strip() for name in eval_tasks.split(",") if name.strip()]
-    for name in (name for name in asked if name not in TASKS or not TASKS[name].generated):
-        raise SystemExit(f"sft.py: eval_tasks names {name!r}; tasks that make up their questions are "
-                         f"{', '.join(name for name, task in TASKS.items() if task.generated)}")
+    common.check(config, least, method=("full", "lora", "head"))
+    asked = greedy_tasks(eval_tasks)
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2, momentum) >= 1:
-        raise SystemExit(f"sft.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
-    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"sft.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_rows or max(1, rows_per_step // run.world_size)
@@ -234,7 +197,7 @@ def main(config):
             if run.is_main:
                 if method == "lora":
                     lora.save(model, run.path("adapter"), base=init_from)
-                print_samples(model, tokenizer, held_out, samples, run)
+                print_samples(model, tokenizer, openings(held_out, samples), run)
         elif stopping:
             run.extra.update(guard=guard.state())
             run.save(model, updates, step, tokenizer)

@@ -239,6 +239,12 @@ import beside
 def own():
     raise ValueError("there are 3 of 4 files; fetch them again")
 
+class Narrower(ValueError):
+    pass
+
+def narrower():
+    raise Narrower("there are 3 of 4 files; fetch them again")
+
 def chained():
     try:
         int("x")
@@ -285,7 +291,7 @@ def end(folder, which):
 
 
 @pytest.mark.parametrize("place", ["", "beside."])
-@pytest.mark.parametrize("which", ["own", "chained", "several_lines"])
+@pytest.mark.parametrize("which", ["own", "narrower", "chained", "several_lines"])
 def test_a_value_error_raised_by_our_own_code_is_one_sentence(folder, place, which):
     assert "there are 3 of 4 files" in sentence(end(folder, place + which))
 

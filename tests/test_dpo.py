@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 import dpo
 import lora
+import reference
 from model import GPT, Config, ScalarHead
 from packing import pack
+from pairs import Thumbs
 from tokenizer import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,7 +40,7 @@ def value(name, logp_A, ref_A, n_A=None, **options):
 @pytest.mark.parametrize("name, expected", [
     ("sigmoid", math.log(2)), ("sigmoid_norm", math.log(2)), ("robust", math.log(2)), ("hinge", 1), ("apo_zero", 1),
     ("ipo", 1 / (4 * 0.1 ** 2)), ("sppo", 2 * 25), ("nca", 2 * math.log(2)), ("bco", 2 * math.log(2)), ("apo_down", 1),
-    ("aot", math.log(2)), ("aot_unpaired", math.log(2)), ("kto", 2 * 0.5), ("discopop", (math.log(2) + 1) / 2)])
+    ("kto", 2 * 0.5), ("discopop", (math.log(2) + 1) / 2)])
 def test_where_policy_and_reference_agree_the_loss_is_the_closed_form(name, expected):
     logp_A = -10 * torch.rand(6, dtype=torch.float64)
     assert value(name, logp_A, logp_A).item() / 3 == pytest.approx(expected, abs=1e-12)
@@ -156,7 +158,7 @@ GROUPS = [([5, 6, 7], [[8, 9, 2], [8, 2]]), ([5], [[3], [4, 4, 4, 2]])]
 
 def test_orpos_nll_is_over_prompts_and_chosen_answers_each_token_once():
     model, packed = tiny_model(), pack(GROUPS)
-    nll = model(packed.ids, dpo.texts(packed, GROUPS), **packed.layout)
+    nll = model(packed.ids, dpo.texts(packed), **packed.layout)
     rejected = packed.by_answer(nll).sum(1)[1::2].sum()
     total = sum(model(torch.tensor([prompt + chosen])[:, :-1], torch.tensor([prompt + chosen])[:, 1:]).sum()
                 for prompt, (chosen, _) in GROUPS)
@@ -164,9 +166,9 @@ def test_orpos_nll_is_over_prompts_and_chosen_answers_each_token_once():
 
 
 def test_mismatched_answers_are_the_previous_rows_rolled_not_reversed():
-    pairs = type("", (), {})()
-    pairs.prompts, pairs.completions = [[1], [2, 2], [3]], [[11], [12] * 9, [13]]
-    groups = dpo.mismatched(pairs, [0, 1, 2], [0, 1, 2], 4)
+    thumbs = Thumbs.__new__(Thumbs)
+    thumbs.prompts, thumbs.completions = [[1], [2, 2], [3]], [[11], [12] * 9, [13]]
+    groups = thumbs.mismatched([0, 1, 2], [0, 1, 2], 4)
     assert groups == [([1], [[13]]), ([2, 2], [[11]]), ([3], [[12] * 3])]       # the last one cut to the context
 
 
@@ -185,7 +187,7 @@ def test_the_loss_begins_at_ln_2_exactly_with_dropout_in_the_adapters():
     logp_A = -packed.by_answer(model(packed.ids, packed.targets, want_entropy=True, **packed.layout)[0]).sum(1)
     with lora.disabled(model):
         ref_A = dpo.answer_logps(model, packed)
-    assert not ref_A.requires_grad and not dpo.answer_logps(dpo.frozen_copy(model), packed).requires_grad
+    assert not ref_A.requires_grad and not dpo.answer_logps(reference.frozen_copy(model), packed).requires_grad
     assert value("sigmoid", logp_A, ref_A).item() == 2 * torch.tensor(2.0).log().item()
     assert torch.equal(dpo.answer_logps(model, packed), dpo.answer_logps(model, packed))
 
@@ -332,8 +334,8 @@ def in_process(folder, out_dir, monkeypatch, **changes):
 
 
 def test_the_frozen_reference_is_bitwise_unchanged(folder, tmp_path, monkeypatch):
-    copies, make = [], dpo.frozen_copy
-    monkeypatch.setattr(dpo, "frozen_copy", lambda model: copies.append(make(model)) or copies[0])
+    copies, make = [], reference.frozen_copy
+    monkeypatch.setattr(reference, "frozen_copy", lambda model: copies.append(make(model)) or copies[0])
     in_process(folder, tmp_path, monkeypatch, max_steps=6)
     [frozen], before, after = copies, weights(folder / "sft"), weights(tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
@@ -382,7 +384,7 @@ def test_what_is_displaced_is_said():
     (["--loss=kto", "--pairs_per_step=1"], "must be at least 2"), (["--method=head"], "method must be full or lora"),
     (["--data={}/thumbs"], "needs pairs"), (["--pairs_per_step=99"], "fewer than one step"),
     (["--data=nowhere"], "there is no nowhere/train.jsonl"), (["--init_from={}/reward"], "is a reward model"),
-    (["--loss=aot", "--micro_pairs=4"], "aot sorts"), (["--epochs=0", "--max_steps=0"], "nothing to do"),
+    (["--epochs=0", "--max_steps=0"], "nothing to do"),
     (["--eval_tasks=sortin"], "eval_tasks names 'sortin'"), (["--context=500"], "is longer than the 128 tokens"),
     (["--pairs_per_step=6", "--micro_pairs=4"], "is not a multiple of")])
 def test_bad_input_is_one_sentence(folder, tmp_path, monkeypatch, flags, said):

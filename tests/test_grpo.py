@@ -306,7 +306,7 @@ def test_a_collapse_of_the_entropy_is_said_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--group_size=1"], "--group_size must be at least 2, got 1"), (["--form=ppo"], "form must be one of grpo, dr_"),
+    (["--group_size=1"], "--group_size must be at least 2, got 1"), (["--form=ppo"], "form must be grpo, dr_grpo, "),
     (["--questions_per_step=3", "--minibatches=2"], "is not a multiple of minibatches * ranks"),
     (["--n_questions=3"], "sorting has 3 questions, fewer than the 4 of one step"),
     (["--max_new_tokens=90"], "lower max_new_tokens"), (["--temperature=0"], "temperature must be above 0"),

@@ -19,6 +19,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "preferences": {"formats"}, "sampled": {"engine", "formats", "judge", "preferences", "tasks"},
          "pairs": {"chats", "formats", "packing", "preferences", "sampled", "sources"},
          "rollouts": {"engine", "formats", "judge", "packing", "tasks", "tokenizer"},
+         "reference": {"common", "lora", "pairs"},
          "results": {"common"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",

@@ -20,6 +20,7 @@ import lora
 import sft
 from chats import ChatBatches, Chats, fixed_chats, prepare
 from model import GPT, Config
+from rollouts import answer_text
 from tokenizer import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -253,7 +254,7 @@ def test_eight_rows_learnt_by_heart_are_said_and_ended(folder, tmp_path):
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     answers = engine.generate(model, [tokenizer.encode_chat(prompt, open_answer=True)[0] for prompt in prompts],
                               max_new_tokens=40, temperature=0)
-    right = [answer.finish == "stop" and sft.answer_text(tokenizer, answer) == row["completion"]
+    right = [answer.finish == "stop" and answer_text(tokenizer, answer) == row["completion"]
              for row, answer in zip(rows, answers)]
     assert sum(right) >= 8                                  # the held-out row may be anything
 

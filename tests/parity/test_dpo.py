@@ -7,6 +7,7 @@ import torch
 import dpo
 from model import GPT, Config
 from packing import pack
+from pairs import Pairs, Thumbs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-test.txt)")
 trl = pytest.importorskip("trl", reason="trl is not installed (requirements-test.txt)")
@@ -58,17 +59,19 @@ def ours(folder, losses, options, groups=GROUPS, label_A=None, kl=0.0, orpo=Fals
     ref_A = dpo.answer_logps(reference, packed)
     paired = label_A is None
     label_A = torch.tensor([True, False] * len(groups)) if paired else label_A
-    targets = dpo.texts(packed, groups) if orpo else packed.targets
+    targets = dpo.texts(packed) if orpo else packed.targets
     nll_1N, entropy_1N = model(packed.ids, targets, want_entropy=True, **packed.layout)
     logp_A = -packed.by_answer(nll_1N).sum(1)
     terms = [dpo.loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, options), -logp_A[label_A].sum(),
              nll_1N.sum() + logp_A[~label_A].sum()]
-    sums = dpo.count(packed, label_A, logp_A, options["beta"] * (logp_A - ref_A), dpo.mean_logits(model, hidden[0]),
-                     entropy_1N, paired)
-    metrics = dpo.summarise(dict(zip(dpo.SUMS, [x.item() for x in terms] + [float(x) for x in sums])), losses)
-    data = types.SimpleNamespace(prompts=[p for p, _ in groups], completions=[a[0] for _, a in groups], labels=label_A)
+    table_A6 = dpo.columns(packed, label_A, logp_A, options["beta"] * (logp_A - ref_A),
+                           dpo.mean_logits(model, hidden[0]), entropy_1N)
+    metrics = dpo.summarise(table_A6, paired, losses)
+    data = Thumbs.__new__(Thumbs)
+    data.prompts, data.completions, data.labels = [p for p, _ in groups], [a[0] for _, a in groups], label_A
     if paired:
-        data = dpo.Pairs.__new__(dpo.Pairs)
+        data = Pairs.__new__(Pairs)
+        data.labels = label_A.view(-1, 2)
         data.prompts, (data.chosen, data.rejected) = [p for p, _ in groups], zip(*(a for _, a in groups))
     loss = dpo.mean_loss(terms, data, range(len(groups)), losses, sft)
     loss.backward()
@@ -97,9 +100,9 @@ def dpo_trainer(folder, out, names, **options):
     return loss.item(), trainer.model, metrics
 
 
-SMOOTHED = {"robust": 0.1, "exo": 0.1, "aot": 0.1, "aot_unpaired": 0.1}
+SMOOTHED = {"robust": 0.1, "exo": 0.1}
 OF_DPO = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down",
-          "discopop", "aot", "aot_unpaired"]
+          "discopop"]
 
 
 @pytest.mark.parametrize("name", OF_DPO)
@@ -145,8 +148,9 @@ def test_kto_is_that_of_ktotrainer_where_the_divergence_is_clamped_and_where_it_
     loss = trainer._compute_loss(trainer.model.eval(), DataCollatorForUnpairedPreference(0)(rows), False)
     loss.backward()
 
-    data = types.SimpleNamespace(prompts=[p for p, _ in groups], completions=[a[0] for _, a in groups])
-    packed = pack(dpo.mismatched(data, range(4), range(4), 64))
+    data = Thumbs.__new__(Thumbs)
+    data.prompts, data.completions = [p for p, _ in groups], [a[0] for _, a in groups]
+    packed = pack(data.mismatched(range(4), range(4), 64))
     policy, reference = (GPT.load(str(folder / name)) for name in names)
     raw = (dpo.answer_logps(policy, packed) - dpo.answer_logps(reference, packed)).mean().item()
     assert (raw > 0) == (names[0] == "reference")
