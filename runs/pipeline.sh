@@ -33,14 +33,14 @@ smoke="" base="" chats="" sft="" pairs="" reward="" dpo="" ppo="" grpo="" limit=
 if [ -n "$SMOKE" ]; then
     vocabulary=2048 context=512 bytes=2000000 shots=0
     base="--rows_per_step=4 --micro_rows=1 --n_layer=2 --n_head=2 --n_embd=64"
-    base="$base --max_steps=20 --eval_tokens=8192 --sample_tokens=16"
+    base="$base --max_steps=20 --warmup_steps=2 --eval_tokens=8192 --sample_tokens=16"
     chats=--max_examples=600 pairs=--max_examples=600
-    smoke="--max_steps=3 --eval_every=2 --samples=1"
+    smoke="--max_steps=3 --warmup_steps=2 --eval_every=2 --samples=1"
     sft="--rows_per_step=4 --micro_rows=1 --eval_examples=20"
     reward="--pairs_per_step=8 --micro_pairs=4 --eval_pairs=16" dpo=$reward
     answers="--max_new_tokens=16 --eval_questions=4 --pass_k=2"
     ppo="--questions_per_rollout=4 --answers_per_question=2 --micro_questions=1 $answers"
-    grpo="--questions_per_step=4 --group_size=4 --micro_questions=2 $answers"
+    grpo="--questions_per_step=4 --group_size=4 --micro_questions=2 --beta=0.04 $answers"
     limit="--limit=8 --max_new_tokens=16"
 fi
 
@@ -64,11 +64,12 @@ preferences=hub:Anthropic/hh-rlhf,hub:HuggingFaceH4/ultrafeedback_binarized::tra
 if [ -n "$DATA" ]; then
     gsm8k=$DATA/eval/gsm8k evaluated=$DATA/eval
     instructions=$DATA/alpaca,$DATA/dolly preferences=$DATA/hh_rlhf,$DATA/ultrafeedback
-elif [ ! -e $gsm8k/train.jsonl ]; then
-    mkdir -p $gsm8k
+elif [ ! -e $gsm8k ]; then
+    mkdir -p $gsm8k.unfinished
     python -c "import datasets
 for split in ('test', 'train'):
-    datasets.load_dataset('openai/gsm8k', 'main', split=split).to_json('$gsm8k/' + split + '.jsonl')"
+    datasets.load_dataset('openai/gsm8k', 'main', split=split).to_json(f'$gsm8k.unfinished/{split}.jsonl')"
+    mv $gsm8k.unfinished $gsm8k
 fi
 
 # the base model
