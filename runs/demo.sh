@@ -7,21 +7,8 @@ requirements="requirements.txt"
 source "$(dirname "$0")/setup.sh"
 demo=out/demo${1:+-$1}
 seed=${1:-1337}
-
-# stage NAME SCRIPT [OPTION...]: runs a stage into $demo/NAME, goes on with it, or skips it where it is done
-stage() {
-    local name=$1 script=$2 resume=false overwrite=false begin=$SECONDS
-    shift 2
-    [ -e $demo/$name.txt ] && return
-    if [ -e $demo/$name/resume/state.pt ]; then resume=true
-    elif [ -e $demo/$name/log.jsonl ]; then overwrite=true; fi
-    printf '\n== %s\n' "$name"
-    python $script "$@" --seed=$seed --out_dir=$demo/$name --resume=$resume --overwrite=$overwrite |
-        tee -i $demo/$name.unfinished
-    echo $((SECONDS - begin)) >> $demo/$name.seconds
-    if grep -q "^stopped before" $demo/$name.unfinished; then exit 1; fi    # by hand: the next call goes on
-    mv $demo/$name.unfinished $demo/$name.txt
-}
+out=$demo
+source "$(dirname "$0")/stages.sh"
 
 mkdir -p $demo
 if [ ! -e $demo/text/train.h5 ]; then

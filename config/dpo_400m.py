@@ -1,0 +1,10 @@
+# DPO of the 400M chat model on HH-RLHF and UltraFeedback: SIZE=400m bash runs/pipeline.sh
+pairs_per_step = 64
+micro_pairs = 4
+beta = 0.1
+lr = 2e-6
+epochs = 1.0
+warmup_steps = 50
+eval_every = 250
+eval_pairs = 1_000
+samples = 4

@@ -1,0 +1,16 @@
+# A base model of 124M parameters (25,600 pieces), on 20 tokens a parameter: SIZE=124m bash runs/pipeline.sh
+context = 1024
+rows_per_step = 512         # half a million tokens a step
+micro_rows = 32
+n_layer = 12
+n_head = 12
+n_embd = 768
+lr = 0.004
+embed_lr = 0.1
+matrix_lr = 0.02
+momentum = 0.95
+warmup_steps = 100
+max_steps = 4_800           # 2.5 billion tokens
+decay_fraction = 0.5
+eval_every = 250
+eval_tokens = 2_000_000

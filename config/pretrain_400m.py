@@ -1,0 +1,16 @@
+# A base model of 400M parameters (47,104 pieces), on 20 tokens a parameter: SIZE=400m bash runs/pipeline.sh
+context = 2048
+rows_per_step = 256         # half a million tokens a step
+micro_rows = 8
+n_layer = 24
+n_head = 16
+n_embd = 1024
+lr = 0.0035
+embed_lr = 0.08
+matrix_lr = 0.02
+momentum = 0.95
+warmup_steps = 100
+max_steps = 15_400          # 8.1 billion tokens
+decay_fraction = 0.5
+eval_every = 250
+eval_tokens = 2_000_000

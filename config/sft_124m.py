@@ -1,0 +1,9 @@
+# The 124M base model learns to answer, from Alpaca, Dolly and GSM8K: SIZE=124m bash runs/pipeline.sh
+rows_per_step = 64
+micro_rows = 8
+lr = 1e-4
+epochs = 3.0
+warmup_steps = 20
+eval_every = 100
+eval_examples = 1_000
+samples = 4

@@ -1,0 +1,9 @@
+# The 400M base model learns to answer, from Alpaca, Dolly and GSM8K: SIZE=400m bash runs/pipeline.sh
+rows_per_step = 32
+micro_rows = 4
+lr = 5e-5
+epochs = 3.0
+warmup_steps = 20
+eval_every = 100
+eval_examples = 1_000
+samples = 4
