@@ -4,6 +4,6 @@ data = "out/demo/pairs"
 out_dir = "out/demo/reward"
 pairs_per_step = 32
 epochs = 3.0
-lr = 3e-4
+lr = 1e-3
 eval_every = 25
 max_seconds = 50.0

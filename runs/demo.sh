@@ -18,14 +18,14 @@ stage pretrain pretrain.py config/demo.py --data=$demo/text
 
 # six in ten demonstrations make one systematic mistake on purpose, so that the stages after this one have room
 if [ ! -e $demo/chats/train.h5 ]; then
-    python data.py --kind=chats --sources=task:sorting,task:addition --task_examples=8000 --flawed=0.6 --seed=$seed \
+    python data.py --kind=chats --sources=task:sorting --task_examples=8000 --flawed=0.6 --seed=$seed \
         --tokenizer=$demo/pretrain --context=256 --out_dir=$demo/chats --show=2
 fi
 stage sft sft.py config/sft_demo.py --init_from=$demo/pretrain --data=$demo/chats
 
 if [ ! -e $demo/pairs/train.jsonl ]; then
     printf '\n== pairs, sampled from the finetuned model and ranked by the verifier\n'
-    python data.py --kind=pairs --from_model=$demo/sft --task=sorting,addition --questions=800 --samples=8 --keep=each \
+    python data.py --kind=pairs --from_model=$demo/sft --task=sorting --questions=1600 --samples=4 --keep=each --val_fraction=0.1 \
         --seed=$seed --out_dir=$demo/pairs --show=2
 fi
 stage reward reward.py config/reward_demo.py --init_from=$demo/sft --data=$demo/pairs
@@ -37,9 +37,9 @@ printf '\n== evaluation\n'
 for model in pretrain sft dpo ppo grpo; do
     questions=1000
     [ $model = pretrain ] && questions=200              # answers nothing, at length
-    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=$questions --max_new_tokens=48 \
+    python eval.py --model=$demo/$model --mode=chat --tasks=sorting --limit=$questions --max_new_tokens=48 \
         --append=$demo/table.jsonl > $demo/eval.txt
-    python eval.py --model=$demo/$model --mode=chat --tasks=sorting,addition --limit=100 --samples=8 --temperature=1 \
+    python eval.py --model=$demo/$model --mode=chat --tasks=sorting --limit=100 --samples=8 --temperature=1 \
         --max_new_tokens=48 --append=$demo/table.jsonl > $demo/eval.txt
     python eval.py --model=$demo/$model --tasks=bpb --text=python=$demo/text --max_text_bytes=100000 \
         --append=$demo/table.jsonl > $demo/eval.txt
