@@ -333,7 +333,8 @@ def main(config):
         run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + tokens_in_step
         run.log(step, done, loss=loss, **reward_metrics(run.total(of_ranks).flatten(0, 1)), grad_norm=grad_norm,
                 learning_rate=lr * scale, epoch=batches.epoch(step + 1), num_tokens=run.extra["num_tokens"],
-                tokens_per_second=tokens_in_step / (run.clock() - begin), skipped_updates=guard.skipped)
+                tokens_per_second=tokens_in_step / (run.clock() - begin),
+                pairs_per_second=pairs_per_step / (run.clock() - begin), skipped_updates=guard.skipped)
 
     if done >= 1:
         print_tables(right, longer, found, error, run)
