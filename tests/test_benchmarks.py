@@ -229,8 +229,8 @@ def test_a_file_of_the_wrong_shape_is_one_sentence(tmp_path, task, content, sent
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("a.jsonl.gz", gzip.compress(b'{"goal": 1}\n' * 99, mtime=0)[:-9], "cut off or damaged"), ("a.parquet", b"PAR1", "damaged"),
-    ("a.xlsx", b"", "of no type that can be read")])
+    ("a.jsonl.gz", gzip.compress(b'{"goal": 1}\n' * 99, mtime=0)[:-9], "cut off or damaged"),
+    ("a.parquet", b"PAR1", "damaged"), ("a.xlsx", b"", "of no type that can be read")])
 def test_a_damaged_file_is_one_sentence(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=sentence):
