@@ -439,7 +439,8 @@ class SpikeGuard:
         return dict(norms=self.norms, skipped=self.skipped, row=self.row)
 
     def accepts(self, loss, grad_norm):
-        usual = statistics.median(self.norms) if len(self.norms) >= 20 else float("inf")
+        moved = [norm for norm in self.norms if norm]   # no signal at all says nothing of what is usual
+        usual = statistics.median(moved) if len(moved) >= 20 else float("inf")
         if math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= self.factor * max(usual, 1e-12):
             self.norms, self.row = (self.norms + [grad_norm])[-100:], 0
             return True

@@ -20,6 +20,7 @@ import optim
 import rollouts
 from configurator import configure
 from model import GPT, fetch
+from reference import weights_fingerprint
 from rollouts import Questions, Rewards
 from tokenizer import Tokenizer
 
@@ -211,14 +212,14 @@ def summarise(seen, form, kl):
 
 def describe(table_PGN, names):
     """Metrics, by trl's names, of the step's answers: table_PGN has for each the columns `names`."""
-    columns = dict(zip(names, table_PGN.flatten(0, 1).unbind(-1)))
-    metrics = dict(reward=columns["reward"].mean(), reward_std=columns["reward"].std())
-    for name in names[1:-2]:
-        metrics |= {f"rewards/{name}/mean": columns[name].mean(), f"rewards/{name}/std": columns[name].std()}
-    length, ended = columns["length"], columns["length"][columns["finished"] > 0]
+    reward, *parts, length, finished = table_PGN.flatten(0, 1).unbind(-1)       # a function may be named reward, too
+    metrics = dict(reward=reward.mean(), reward_std=reward.std())
+    for name, part in zip(names[1:-2], parts):
+        metrics |= {f"rewards/{name}/mean": part.mean(), f"rewards/{name}/std": part.std()}
+    ended = length[finished > 0]
     for name, lengths in (("length", length), ("terminated_length", ended if len(ended) else torch.zeros(1))):
         metrics |= {f"completions/{kind}_{name}": getattr(lengths, kind)() for kind in ("mean", "min", "max")}
-    return metrics | {"completions/clipped_ratio": 1 - columns["finished"].mean()}
+    return metrics | {"completions/clipped_ratio": 1 - finished.mean()}
 
 
 def advise(run, flat, reward_mean, entropy, collapse, stuck_steps):
@@ -268,6 +269,10 @@ def main(config):
                          "with; begin from a model that sft.py wrote")
     if tokenizer.chat_end_id not in model.config.stop_ids:
         model.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
+    began = weights_fingerprint(model)
+    if run.state and run.state["extra"].get("began", began) != began:
+        raise SystemExit(f"grpo.py: --resume=true, but {init_from} is not the model that this run began from; restore "
+                         "it, or begin a new run")
     if method == "lora":
         lora.add(model, lora_rank, lora_alpha, lora_targets)
     model.model.checkpointing = checkpointing
@@ -287,6 +292,7 @@ def main(config):
         raise SystemExit(f"grpo.py: --overlong={overlong} is more than the {longest} tokens of the longest answer")
     dev = Questions(tasks, "dev", seed, **options).fixed(eval_questions)
     reward = Rewards(rewards, tokenizer, run.device, run.dtype)
+    reward.check(dev)
     verified = [name for name, asked in dev.items() if asked[0].task]
     if by_difficulty and len(verified) < len(dev):
         raise SystemExit(f"grpo.py: --by_difficulty=true goes by right answers, which nothing verifies in {tasks}")
@@ -294,6 +300,7 @@ def main(config):
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, "adamw", lr, 0.0, 0.0, weight_decay, (beta1, beta2), 0.0)
     run.resume(model, updates)
+    run.extra["began"] = began
     questions.rates = run.extra.setdefault("rates", {})
     guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

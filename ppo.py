@@ -24,6 +24,7 @@ import rollouts
 from configurator import configure
 from model import GPT, ScalarHead, fetch
 from packing import pack
+from reference import weights_fingerprint
 from tokenizer import Tokenizer
 
 # --- run ---
@@ -113,7 +114,7 @@ def token_rewards(scores_A, kl_AL, mask_AL, kl_coef):
 def adapt_kl_coef(kl_coef, kl, target, n_answers, horizon):
     """The coefficient after n_answers with a mean KL of `kl`: larger if that is above the target (section 2.2 of
     arXiv:1909.08593, where the answers over the horizon are K_beta = 0.1)."""
-    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n_answers / horizon)
+    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * min(1.0, n_answers / horizon))
 
 
 def gae(rewards_AL, values_AL, mask_AL, gamma, lam):
@@ -284,6 +285,10 @@ def main(config):
                          "with; begin from a model whose tokenizer has them")
     if tokenizer.chat_end_id not in actor.config.stop_ids:
         actor.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
+    began = weights_fingerprint(actor)
+    if run.state and run.state["extra"].get("began", began) != began:
+        raise SystemExit(f"ppo.py: --resume=true, but {init_from} is not the model that this run began from; restore "
+                         "it, or begin a new run")
     critic = ScalarHead.begin(critic_from or folder)
     check_critic(critic, tokenizer, actor.config)
     critic.bias = 0.0                                       # of a reward, not of a value
@@ -303,6 +308,7 @@ def main(config):
     dev = rollouts.Questions(tasks, "dev", seed, tokenizer, n_questions=eval_questions, **fit)
     questions(0, questions_per_rollout)                     # says now that there are too few
     reward = rollouts.Rewards(rewards, tokenizer, run.device, run.dtype)
+    reward.check(dev.fixed(1))
     if reward.note:
         run.print(reward.note)
 
@@ -313,6 +319,7 @@ def main(config):
     run.resume(actor, updates)
     now = run.extra = dict(rollout=None, rollouts=0, update=0, kl_coef=kl_coef, episode=0, num_tokens=0, equal=0,
                            entropy=None, collapsed=False, best=(-1.0, 0.0)) | run.extra
+    now["began"] = began
     if "critic" in now:
         critic.load_state_dict(now["critic"])
     guard = common.SpikeGuard(math.inf, spike_patience, **now.get("guard", {}))

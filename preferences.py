@@ -68,9 +68,9 @@ def conversation(row, name):
     if prompt is None:
         return answer
     before = messages_of(prompt, "user")
-    if (system := text_of(row, "system", optional=True)) and before[0]["role"] != "system":
+    if (system := text_of(row, "system", optional=True)) and [m["role"] for m in before[:1]] != ["system"]:
         before = [{"role": "system", "content": system}] + before
-    repeats = answer[:len(before)] == before or isinstance(prompt, str) and answer[0]["role"] != "assistant"
+    repeats = answer[:len(before)] == before or isinstance(prompt, str) and answer and answer[0]["role"] != "assistant"
     return answer if repeats else before + answer
 
 

@@ -153,8 +153,9 @@ class Questions:
             if found is None:
                 asked += self.fresh(name, count, step_seed(self.seed, step, attempt, i))
                 continue
-            if count > len(found):
-                raise ValueError(f"{name} has {len(found)} questions, fewer than the {count} of one step; ask fewer a "
+            most = math.ceil(n * np.diff(self.share, prepend=0.0)[i] - 1e-9)        # of any step, said at the first
+            if most > len(found):
+                raise ValueError(f"{name} has {len(found)} questions, fewer than the {most} of one step; ask fewer a "
                                  "step, or lower its weight")
             if self.by_difficulty:
                 rates = np.array([self.rates.get(a.question.key, 0.5) for a in found])
@@ -356,10 +357,13 @@ class Rewards:
             total_A += self.weights[name] * parts[name]
         return total_A, parts
 
-    def verdict(self, rollout, column):
-        if rollout.asked and not any(asked.task for asked in rollout.asked):
+    def check(self, dev):
+        """ValueError if verifier or format is to reward questions {name: [Asked]} none of which has a task."""
+        if {"verifier", "format"} & {*self.functions} and not any(a.task for asked in dev.values() for a in asked):
             raise ValueError("the rewards verifier and format need questions of a task, and none of these has one; "
                              "reward them by reward_model:FOLDER or FILE.py:FUNCTION")
+
+    def verdict(self, rollout, column):
         return verdicts(rollout)[:, column] if rollout.samples else []
 
     def reward_model(self, directory, tokenizer, device, dtype):

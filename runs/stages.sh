@@ -8,6 +8,10 @@ stage() {
     [ -e $out/$name.txt ] && return
     if [ -e $out/$name/resume/state.pt ]; then resume=true
     elif [ -e $out/$name/log.jsonl ]; then overwrite=true; fi
+    if [ -e $out/table.jsonl ]; then                # figures of an earlier model of this name
+        grep -vF "\"model\": \"$out/$name\"" $out/table.jsonl > $out/table.unfinished || true
+        mv $out/table.unfinished $out/table.jsonl
+    fi
     printf '\n== %s\n' "$name"
     ${launch:-python} $script "$@" --seed=$seed --out_dir=$out/$name --resume=$resume --overwrite=$overwrite |
         tee -i $out/$name.unfinished

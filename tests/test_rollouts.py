@@ -204,7 +204,7 @@ def test_bad_rewards_are_one_sentence(tokenizer, text, said):
 
 def test_a_verifier_without_a_task_and_a_broken_file_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="need questions of a task"):
-        Rewards("verifier", tokenizer)(answered("a", task=""))
+        Rewards("verifier", tokenizer).check({"": answered("a", task="").asked})
     (tmp_path / "broken.py").write_text("def f(:")
     with pytest.raises(ValueError, match="cannot be run: SyntaxError"):
         Rewards(f"{tmp_path}/broken.py:f", tokenizer)
