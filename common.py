@@ -338,7 +338,7 @@ class Run:
         if self.tracker:
             self.tracker(step, metrics)
         now, left = self.clock(), ""
-        if done and (done > 0.01 or now > 3):       # the first steps tell little
+        if done and (done > 0.01 or now > 3 and done > 0.001):       # the first steps tell little
             seconds = int(max(0, now * (1 - done) / done))
             left = f"{seconds // 60}:{seconds % 60:02d} left"
         if self.bar:

@@ -33,17 +33,14 @@ stage dpo dpo.py config/dpo_demo.py --init_from=$demo/sft --data=$demo/pairs
 stage ppo ppo.py config/ppo_demo.py --init_from=$demo/sft
 stage grpo grpo.py config/grpo_demo.py --init_from=$demo/sft
 
-printf '\n== evaluation\n'
-for model in pretrain sft dpo ppo grpo; do
-    questions=1000
-    [ $model = pretrain ] && questions=200              # answers nothing, at length
-    python eval.py --model=$demo/$model --mode=chat --tasks=sorting --limit=$questions --max_new_tokens=48 \
-        --append=$demo/table.jsonl > $demo/eval.txt
-    python eval.py --model=$demo/$model --mode=chat --tasks=sorting --limit=100 --samples=8 --temperature=1 \
-        --max_new_tokens=48 --append=$demo/table.jsonl > $demo/eval.txt
-    python eval.py --model=$demo/$model --tasks=bpb --text=python=$demo/text --max_text_bytes=100000 \
-        --append=$demo/table.jsonl > $demo/eval.txt
-done
+printf '\n== evaluation on test questions\n'
+trained=$demo/sft,$demo/dpo,$demo/ppo,$demo/grpo
+score="python eval.py --append=$demo/table.jsonl --mode=chat --tasks=sorting --max_new_tokens=48"
+$score --model=$demo/pretrain --limit=200 > $demo/eval.txt             # it answers nothing, at length
+$score --model=$trained --limit=1000 >> $demo/eval.txt
+$score --model=$trained --limit=200 --samples=8 --temperature=1 >> $demo/eval.txt
+python eval.py --append=$demo/table.jsonl --model=$demo/pretrain,$trained --tasks=bpb --text=python=$demo/text \
+    --max_text_bytes=100000 >> $demo/eval.txt
 python runs/demo.py $demo
 
 echo "talk to it:   source .venv/bin/activate; python chat.py --model=$demo/grpo"
