@@ -2,8 +2,8 @@
 
     python runs/lora.py TEXT ALPACA [PRETRAIN_SECONDS [STEPS]]
 
-A base model (4 layers, 256 wide, 4,096 pieces, context 256) is pretrained on TEXT for a while; both then train on the same
-chats for as many steps, side by side with one thread each. Both learning rates are the best of a few tried by hand.
+A base model (4 layers, 256 wide, 4,096 pieces, context 256) is pretrained on TEXT for a while; both then train on the
+same chats for as many steps, side by side with one thread each. Neither learning rate was swept.
 """
 import json
 import os
