@@ -9,7 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import triton_decode
 import triton_kernels
+import triton_logprob
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
 LOGIT_BYTES = 32 << 20      # of one chunk in linear_logprob: near the cache on CPU, little memory anywhere
@@ -82,7 +84,7 @@ def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=No
                          f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}; caches must be (B, Hkv, S, D) with "
                          "Hkv a divisor of H, and lengths (B,)")
     if T == 1 and triton_kernels.chosen(impl, k_cache, D):
-        return triton_kernels.decode(q, k_cache, v_cache, lengths, start, window)
+        return triton_decode.decode(q, k_cache, v_cache, lengths, start, window)
     if seen is None:
         seen = keys_seen(lengths, T, S, start, window)
     # query heads that share a key head ride as rows of one tile: (B, K, H/K * T, D)
@@ -392,7 +394,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
     """
     if not want_hits and triton_kernels.chosen(impl, hidden):
-        return triton_kernels.linear_logprob(hidden, weight, targets, temperature, want_entropy)
+        return triton_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy)
     shape = targets.shape
     columns = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), temperature,
                                   want_entropy, want_hits)

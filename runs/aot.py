@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel in triton_kernels.py, for Hopper and Ampere; no GPU is needed.
+"""What the compiler makes of every Triton kernel, for Hopper and Ampere; no GPU is needed.
 
     python runs/aot.py          a table, in some minutes; the second time in seconds, from Triton's cache
 
@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import triton_decode
 import triton_kernels
+import triton_logprob
 
 SHARED = {90: 227 << 10, 80: 163 << 10}         # bytes of shared memory that a program may have
 ATTENTION = [(name, D, form) for D in (64, 128) for name in ("forward", "dq", "dkv", "dkv_grouped")
@@ -27,6 +29,7 @@ ROWS = [("decode", D, form) for D in (64, 128) for form in ("1 head", "8 heads",
     ("combine", 128, ""), ("combine", 128, "start, window"), ("rows", 0, "entropy"), ("rows", 0, ""),
     ("dlogits", 0, "")]
 CASES = [(capability, *case) for capability in (90, 80) for case in ATTENTION + ROWS]
+FILES = triton_kernels, triton_decode, triton_logprob
 GATE = [(90, name, 128, "packed, window") for name in ("forward", "dq", "dkv", "dkv_grouped")] + [
     (90, "forward", 64, "causal"), (80, "forward", 128, "packed"), (80, "dkv", 128, "causal"),
     (90, "decode", 128, "8 heads, start, window"), (90, "combine", 128, "start, window"), (90, "rows", 0, "entropy"),
@@ -35,20 +38,21 @@ GATE = [(90, name, 128, "packed, window") for name in ("forward", "dq", "dkv", "
 
 def arguments(capability, name, D, form):
     """(kernel, {argument: its type}, {argument: its constant value}, launch options)."""
-    kernel = getattr(triton_kernels, name.removesuffix("_grouped") + "_kernel")
+    kernel = name.removesuffix("_grouped") + "_kernel"
+    kernel = next(vars(file)[kernel] for file in FILES if kernel in vars(file))
     types = {key: "i32" for key in kernel.arg_names}
     types |= {key: "*bf16" for key in types if key.endswith("_ptr")} | dict(scale="fp32", temperature="fp32")
     types |= {key: "*fp32" for key in ("lse_ptr", "delta_ptr", "parts_ptr", "logp_ptr", "entropy_ptr", "grad_ptr")}
     types |= dict(tiles="*i32", lengths="*i64", starts="*i64", targets_ptr="*i64")
     if name in ("rows", "dlogits"):
-        constants = dict(STEP=triton_kernels.ROW_STEP) | (dict(ENTROPY=bool(form)) if name == "rows" else {})
+        constants = dict(STEP=triton_logprob.ROW_STEP) | (dict(ENTROPY=bool(form)) if name == "rows" else {})
         return kernel, types, constants, dict(num_warps=8 if name == "rows" else 4)
     if name == "combine":
-        constants = dict(H=8, D=D, CHUNK=triton_kernels.CHUNK) | ({} if form else dict(starts=None, window=None))
+        constants = dict(H=8, D=D, CHUNK=triton_decode.CHUNK) | ({} if form else dict(starts=None, window=None))
         return kernel, types, constants, dict(num_warps=1)
     if name == "decode":
         heads = int(form.split()[0])
-        constants, options = triton_kernels.decode_config(heads, D, torch.bfloat16)
+        constants, options = triton_decode.decode_config(heads, D, torch.bfloat16)
         constants |= dict(K=8) if "window" in form else dict(K=8, starts=None, window=None)
         return kernel, types | dict(out_ptr="*fp32"), constants, options
     constants, options = triton_kernels.attention_config(name, D, torch.bfloat16, (capability // 10, 0))

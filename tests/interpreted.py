@@ -10,7 +10,9 @@ import torch
 
 import kernels
 import model as model_file
+import triton_decode
 import triton_kernels
+import triton_logprob
 from kernels import attention, decode_attention, linear_logprob, pad_offsets
 
 CASES = [   # T, groups, documents, window, D
@@ -139,7 +141,7 @@ def test_what_the_kernels_do_not_take_is_refused_in_a_sentence():
 
 def test_auto_never_means_triton_on_cpu(monkeypatch):
     monkeypatch.setattr(triton_kernels, "launch", None)
-    monkeypatch.setattr(triton_kernels, "chunks", None)
+    monkeypatch.setattr(triton_logprob, "chunks", None)
     attention(*random_qkv(1, 4, 1, 64), torch.tensor([0, 2, 4]), 0)
     linear_logprob(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.long))
 
@@ -189,7 +191,7 @@ def test_a_row_decodes_alone_as_in_a_batch_to_the_bit(window):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("N, V, per_chunk", [(7, 5001, 3), (1, 2, 1), (5, 2048, 8)])
 def test_log_probabilities_entropies_and_gradients_equal_float64(monkeypatch, N, V, per_chunk, temperature):
-    monkeypatch.setattr(triton_kernels, "LOGIT_BYTES", 4 * V * per_chunk)
+    monkeypatch.setattr(triton_logprob, "LOGIT_BYTES", 4 * V * per_chunk)
     torch.manual_seed(V)
     hidden, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
     targets, upstream = torch.randint(V, (N,)), torch.randn(N)
@@ -230,10 +232,10 @@ def test_opcheck():
     torch.library.opcheck(triton_kernels.attention_backward,
                           (out, *(x.detach() for x in (q, k, v)), out, lse, None, 3))
     q, k, v = random_cache(2, S=9)
-    torch.library.opcheck(triton_kernels.decode, (q, k, v, torch.tensor([1, 5, 9]), None, 0))
+    torch.library.opcheck(triton_decode.decode, (q, k, v, torch.tensor([1, 5, 9]), None, 0))
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     for want_entropy in False, True:
-        torch.library.opcheck(triton_kernels.logprob_forward,
+        torch.library.opcheck(triton_logprob.logprob_forward,
                               (hidden, weight, torch.tensor([1, -100, 3]), 0.7, want_entropy))
 
 
