@@ -118,10 +118,13 @@ def synchronize(device):
 
 
 def check(config, least, **known):
-    """Refuses, with ValueErrors of one sentence, what no stage runs with: an option below its `least` value or that is
-    none of its `known` ones, nothing to do, an average that never moves, and an out_dir that holds init_from."""
-    for name in (name for name in least if config[name] < least[name]):
-        raise ValueError(f"--{name} must be at least {least[name]}, got {config[name]}")
+    """Refuses, with ValueErrors of one sentence, what no stage runs with: an option below its `least` value, infinite or
+    none of its `known` ones, nothing to do, an average that never moves, an out_dir that holds init_from."""
+    for name in least:
+        if not math.isfinite(config[name]):
+            raise ValueError(f"--{name} must be a finite number, got {config[name]}")
+        if config[name] < least[name]:
+            raise ValueError(f"--{name} must be at least {least[name]}, got {config[name]}")
     for name, values in dict(known, report_to=("wandb", "tensorboard", "")).items():
         if config[name] not in values:
             *others, last = [value or "empty" for value in values]
@@ -130,11 +133,13 @@ def check(config, least, **known):
         raise ValueError("--epochs=0 and --max_steps=0 leave nothing to do; set one of them")
     for name in (name for name in ("beta1", "beta2", "momentum") if config.get(name, 0) >= 1):
         raise ValueError(f"--{name} must be below 1, got {config[name]}")
-    if config["method"] != "full" and config.get("optimizer", "adamw") != "adamw":
+    if config.get("method", "full") != "full" and config.get("optimizer", "adamw") != "adamw":
         raise ValueError(f"--method={config['method']} trains with adamw, got --optimizer={config['optimizer']}")
-    if f"{os.path.realpath(config['init_from'])}/".startswith(f"{os.path.realpath(config['out_dir'])}/"):
-        raise ValueError(f"init_from={config['init_from']} lies in out_dir={config['out_dir']}, which this run would "
-                         "replace; choose another --out_dir")
+    out = f"{os.path.realpath(config['out_dir'])}/"
+    for name in (name for name in ("init_from", "critic_from") if config.get(name)):
+        if f"{os.path.realpath(config[name])}/".startswith(out):
+            raise ValueError(f"{name}={config[name]} lies in out_dir={config['out_dir']}, which this run would "
+                             "replace; choose another --out_dir")
 
 
 def start(config):

@@ -11,7 +11,6 @@ rollout is made before the first of the epochs * minibatches steps that learn fr
 """
 import contextlib
 import math
-import os
 
 import numpy as np
 import torch
@@ -250,25 +249,12 @@ def main(config):
                  warmup_steps=0, final_lr=0, spike_patience=1, temperature=1e-3, missing_eos_penalty=0, kl_coef=0,
                  kl_target=0, kl_horizon=1, gamma=0, lam=0, clip_range=0, value_clip=0, stop_kl=0, collapse=0,
                  stuck_rollouts=1)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"ppo.py: --{name} must be at least {least[name]}, got {config[name]}")
+    common.check(config, least, method=("full", "lora"), kl_estimator=("k1", "k3"))
     for name in (name for name in ("gamma", "lam") if config[name] > 1):
         raise SystemExit(f"ppo.py: --{name} must be at most 1, got {config[name]}")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"ppo.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
-    if method not in ("full", "lora"):
-        raise SystemExit(f"ppo.py: method must be full or lora, got {method!r}")
-    if kl_estimator not in ("k1", "k3"):
-        raise SystemExit(f"ppo.py: kl_estimator must be k1 or k3, got {kl_estimator!r}")
     if kl_target and not kl_coef:
         raise SystemExit(f"ppo.py: --kl_target={kl_target} moves kl_coef, which is 0 and would stay so; set --kl_coef")
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2) >= 1:
-        raise SystemExit(f"ppo.py: beta1 and beta2 must be below 1, got {beta1} and {beta2}")
-    for name, place in (("init_from", init_from), ("critic_from", critic_from)):
-        if place and f"{os.path.realpath(place)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-            raise SystemExit(f"ppo.py: {name}={place} lies in out_dir={out_dir}, which this run would replace; choose "
-                             "another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
     per_update = questions_per_rollout // minibatches

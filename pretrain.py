@@ -93,16 +93,8 @@ def main(config):
                  seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, spike_factor=1,
                  beta1=0, beta2=0, momentum=0, warmup_steps=0, decay_fraction=0, final_lr=0, rope_theta=1,
                  spike_patience=1)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"pretrain.py: --{name} must be at least {least[name]}, got {config[name]}")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"pretrain.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
+    common.check(config, least)
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2, momentum) >= 1:
-        raise SystemExit(f"pretrain.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
-    if init_from and f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"pretrain.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_rows or max(1, rows_per_step // run.world_size)
     accumulation, rest = divmod(rows_per_step, micro * run.world_size)

@@ -196,22 +196,8 @@ def main(config):
                  samples=0, seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0,
                  spike_factor=1, beta1=0, beta2=0, momentum=0, warmup_steps=0, final_lr=0, spike_patience=1,
                  margin_weight=0, centering=0)
-    for name in (name for name in least if config[name] < least[name]):
-        raise SystemExit(f"reward.py: --{name} must be at least {least[name]}, got {config[name]}")
-    if not epochs and not max_steps:
-        raise SystemExit("reward.py: --epochs=0 and --max_steps=0 leave nothing to do; set one of them")
-    if report_to not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f"reward.py: report_to must be wandb, tensorboard or empty, got {report_to!r}")
-    if method not in ("full", "lora"):
-        raise SystemExit(f"reward.py: method must be full or lora, got {method!r}")
-    if method != "full" and optimizer != "adamw":
-        raise SystemExit(f"reward.py: --method={method} trains with adamw, got --optimizer={optimizer}")
+    common.check(config, least, method=("full", "lora"))
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
-    if max(beta1, beta2, momentum) >= 1:
-        raise SystemExit(f"reward.py: beta1, beta2 and momentum must be below 1, got {beta1}, {beta2} and {momentum}")
-    if f"{os.path.realpath(init_from)}/".startswith(f"{os.path.realpath(out_dir)}/"):
-        raise SystemExit(f"reward.py: init_from={init_from} lies in out_dir={out_dir}, which this run would replace; "
-                         "choose another --out_dir")
     folder = fetch(init_from)
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_pairs or max(1, pairs_per_step // run.world_size)

@@ -1,5 +1,5 @@
-"""Rows of logits in Triton, behind kernels.linear_logprob on CUDA: log-probabilities and entropies of a chunk, and their
-gradient in its place. docs/kernels.md describes them and counts their bytes.
+"""Rows of logits in Triton, behind kernels.linear_logprob on CUDA: log-probabilities and entropies of a chunk, and
+their gradient in its place. docs/kernels.md describes them and counts their bytes.
 
 Shape letters: N tokens, C channels, V vocabulary.
 """

@@ -347,6 +347,7 @@ def test_the_held_out_loss_is_exact(folder, whole):
     (["--source_weights=x=2"], "source_weights names 'x'"), (["--method=lora", "--lora_targets=nope"], "'nope'"),
     (["--method=lora", "--optimizer=muon"], "trains with adamw"), (["--data=nowhere"], "there is no nowhere/train.h5"),
     (["--init_from=nowhere"], "'nowhere' is not a model directory"), (["--token_stats=-1"], "must be at least 0"),
+    (["--lr=inf"], "--lr must be a finite number, got inf"), (["--epochs=inf"], "--epochs must be a finite number"),
     (["--method=lora", "--lora_rank=0"], "must be at least 1"), (["--method=lora", "--lora_dropout=1"], "below 1")])
 def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
     result = run(folder, tmp_path / "bad", *flags)
