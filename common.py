@@ -284,8 +284,10 @@ class Run:
         return model
 
     def move(self, *tensors):
-        """The tensors on this rank's device; None stays None."""
-        return [x if x is None else x.to(self.device, non_blocking=True) for x in tensors]
+        """The tensors on this rank's device, copied to a GPU while it computes; None stays None."""
+        pinned = self.device.type == "cuda"
+        return [x if x is None else (x.pin_memory() if pinned else x).to(self.device, non_blocking=True)
+                for x in tensors]
 
     def meet(self, model, now):
         """Says, before a forward pass, whether its backward pass averages gradients over the ranks: once a step."""
