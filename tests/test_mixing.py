@@ -34,7 +34,8 @@ def numbered(folder, n, first=0, lengths=(), fingerprint="f", text_bytes=None):
 
 @pytest.fixture
 def two(tmp_path):
-    return numbered(tmp_path / "web", 9_000), numbered(tmp_path / "code", 1_000, 100_000, [77, 10, 300], text_bytes=2000)
+    code = numbered(tmp_path / "code", 1_000, 100_000, [77, 10, 300], text_bytes=2000)
+    return numbered(tmp_path / "web", 9_000), code
 
 
 def mixed(data, *args, stages="", rows=8, micro=None, context=16, seed=1, **kwargs):
