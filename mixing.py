@@ -278,7 +278,7 @@ class MixedBatches:
             lines.append(f"{name}: {asked:.2%} of the run's tokens were asked for, {kept:.2%} are as many epochs as "
                          "--max_source_epochs allows; the other sources take the rest")
         for name, epochs in zip(self.names, self.before_S[-1] / self.epoch_rows_N) if lines and self.max_steps else ():
-            lines.append(f"{name}: {epochs:.2f} epochs" + ", which --max_source_epochs=4 would cap" * (epochs > 4.5))
+            lines.append(f"{name}: {epochs:.2f} epochs in all")
         return lines
 
     def report(self, step):

@@ -31,7 +31,7 @@ def main(text, steps="800", temperature="3.3"):
     paths = [os.path.join(text, name) for name in sorted(os.listdir(text)) if name.endswith((".jsonl.gz", ".txt.gz"))]
     if len(paths) < 2:
         raise SystemExit(f"runs/mixture.py: {text} holds {len(paths)} .jsonl.gz and .txt.gz files; a mixture needs two")
-    print(f"{len(paths)} sources, {steps} steps, temperature {temperature}; progress is in {WORK}/output.txt", flush=True)
+    print(f"{len(paths)} sources, {steps} steps, temperature {temperature}; see {WORK}/output.txt", flush=True)
     command(f"data.py --sources={','.join(paths)} --max_bytes={LIMIT} --out_dir={WORK}/all --overwrite=true")
     folders = {}
     for path in paths:

@@ -157,10 +157,9 @@ def test_any_number_of_ranks_sees_the_same_rows_in_the_same_order(two, ranks, mi
 
 
 def test_every_source_gives_each_target_once_an_epoch_and_documents_keep_their_bounds(two):
-    batches, seen = mixed(f"{two[0]}=0.3,{two[1]}=0.7", 0, 1, True), []
+    batches, seen, step = mixed(f"{two[0]}=0.3,{two[1]}=0.7", 0, 1, True), [], 0
     begins = {100_000, 100_077, 100_087, 100_387, 0}        # where code's and web's documents begin
     while len(seen) < 999:                                  # code's first epoch
-        step = len(seen) and step + 1
         ids, targets, cu = batches(step, 0)
         assert batches.targets_in_step(step) == (targets != -100).sum()
         held = targets != -100
@@ -169,6 +168,7 @@ def test_every_source_gives_each_target_once_an_epoch_and_documents_keep_their_b
         flat = ids.flatten().tolist()
         expected = [i for i, token in enumerate(flat) if i % 16 == 0 or token in begins] + [len(flat)]
         assert cu.tolist() == expected and cu.dtype == torch.int32
+        step += 1
     assert sorted(seen[:999]) == [*range(100_001, 101_000)]
 
 
