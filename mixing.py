@@ -247,18 +247,19 @@ class MixedBatches:
 
     # --- what is said and logged ---
 
-    def average(self, scores_N):
-        """(nats per token, bits per byte) of the mixture that the whole run trains on, from those of each source."""
+    def average(self, scores_N, second="val_bpb"):
+        """(nats per token, bits per byte or what `second` is) of the mixture that the whole run trains on, from those
+        of each source. Bits per byte are weighted by bytes, all else by tokens."""
         bytes_N = self.share_N * self.bytes_per_token_N
-        weights = self.share_N, bytes_N / bytes_N.sum() if bytes_N.sum() else self.share_N
+        weights = self.share_N, bytes_N / bytes_N.sum() if second == "val_bpb" and bytes_N.sum() else self.share_N
         return tuple(float(sum(w * score for w, score in zip(weight_N, column_N)))
                      for weight_N, column_N in zip(weights, zip(*scores_N)))
 
-    def metrics(self, step, scores_N):
+    def metrics(self, step, scores_N, second="val_bpb"):
         """What the log has of each source of a mixture: held-out loss, and what was trained on so far."""
         found = {}
-        for name, (loss, bpb) in zip(self.names, scores_N) if len(self.names) > 1 else ():
-            found.update({f"val_loss/{name}": loss, f"val_bpb/{name}": bpb})
+        for name, (loss, score) in zip(self.names, scores_N) if len(self.names) > 1 else ():
+            found.update({f"val_loss/{name}": loss, f"{second}/{name}": score})
         for name, rows, bytes_per_token, epoch_rows in (zip(self.names, self.rows_before(step).tolist(),
                                                             self.bytes_per_token_N, self.epoch_rows_N)
                                                         if found else ()):

@@ -113,7 +113,7 @@ def main(config):
     # data
     folders = mixing.open_folders(data, data_stages)        # says now what would be wrong at the first evaluation
     tokenizer = Tokenizer.load(folders[0])
-    batches = mixing.text_batches(config, micro, run.rank, run.world_size, tokenizer)
+    batches = mixture = mixing.text_batches(config, micro, run.rank, run.world_size, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
     held = f"{batches.n_tokens:,} tokens of tokenizer {tokenizer.fingerprint}"
     if run.state and run.state["extra"]["data"] != held:
@@ -149,7 +149,7 @@ def main(config):
     tokens_per_step = rows_per_step * context
     run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
               f"{batches.steps_per_epoch:,.0f} steps of {tokens_per_step:,} tokens an epoch, " +
-              (f"{max_seconds:g} seconds" if max_seconds else f"{max_steps} steps in all"), *batches.plan())
+              (f"{max_seconds:g} seconds" if max_seconds else f"{max_steps} steps in all"), *mixture.plan())
 
     for step in range(run.first_step, max_steps + 1):
         done = max(step / max_steps, run.elapsed() / max_seconds if max_seconds else 0)
@@ -161,9 +161,9 @@ def main(config):
             scores = [evaluate(model, fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank,
                                                  run.world_size, mask_documents, tokenizer), token_bytes, run)
                       for folder in folders]
-            val_loss, val_bpb = batches.average(scores)
+            val_loss, val_bpb = mixture.average(scores)
             if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
-                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb, **batches.metrics(step, scores))
+                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb, **mixture.metrics(step, scores))
             best = val_loss < run.extra.get("best_val_loss", math.inf)
             run.extra.update(guard=guard.state(), evaluated=step)
             if best:
@@ -209,7 +209,7 @@ def main(config):
                 skipped_updates=guard.skipped)
 
     run.finish()
-    run.print(*batches.report(step))
+    run.print(*mixture.report(step))
     if done < 1:
         run.print(f"stopped before step {step}; go on with the same options and --resume=true")
     else:

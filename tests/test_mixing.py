@@ -93,6 +93,13 @@ def test_a_cap_on_epochs_gives_the_rest_to_the_others(two):
     assert mixed(f"{two[0]}=0.5,{two[1]}=0.5", max_epochs=50, max_steps=steps).rows_before(steps).tolist() == [2000] * 2
 
 
+def test_rounding_to_parts_never_raises_a_capped_source():
+    shares_N = np.array([0.12348, 0.87652])
+    assert whole_parts(shares_N, np.array([True, False])).tolist() == [617, 4383]       # 1,234 and 8,766
+    assert whole_parts(shares_N, np.array([False, True])).tolist() == [247, 1753]       # 1,235 and 8,765
+    assert whole_parts(np.array([1e-9, 1 - 1e-9]), np.zeros(2)).tolist() == [1, 9999]   # no share is lost
+
+
 def test_capping_one_source_may_push_another_over_its_cap():
     asked = np.array([[0.4, 0.35, 0.25], [0.0, 0.5, 0.5]])
     rows, limit = np.array([800, 200]), np.array([100.0, 500.0, 1e9])
@@ -181,6 +188,7 @@ def test_the_report_and_the_log_say_tokens_bytes_and_epochs(two):
     assert metrics["tokens/code"] == 3200 and metrics["bytes/code"] == 6400
     assert metrics["epoch/code"] == pytest.approx(200 / 63)
     assert batches.average([(2.0, 1.0), (4.0, 8.0)]) == pytest.approx((2.5, (6 * 1 + 1 * 8) / 7))
+    assert batches.average([(2.0, 0.5), (4.0, 0.9)], "val_accuracy") == pytest.approx((2.5, 0.6))
 
 
 # ---- what a user can get wrong ----
