@@ -23,8 +23,8 @@ import torch.distributed as dist
 MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "micro_questions",
                         "compile", "report_to", "curves")
 
-NOT_SHOWN = ("epoch", "num_tokens", "mfu", "completions/m", "clip_ratio/", "sampling/", "rollout_seconds",
-             "update_seconds", "step_time")         # beginnings of names; log.jsonl has everything
+NOT_SHOWN = ("epoch", "num_tokens", "tokens/", "bytes/", "mfu", "completions/m", "clip_ratio/", "sampling/",
+             "rollout_seconds", "update_seconds", "step_time")      # beginnings of names; log.jsonl has everything
 IF_NOT_ZERO = ("skipped_updates", "failed_rewards", "refilled", "stopped_early")
 
 

@@ -408,30 +408,38 @@ class TextBatches:
         self.steps_per_epoch = self.n_rows_per_epoch / rows_per_step
         self.orders, self.latest = {}, (None, None)
 
+    def read(self, first, n):
+        """Indices of the n rows from number `first` on, counted over all epochs."""
+        epochs, position = np.divmod(np.arange(first, first + n), self.n_rows_per_epoch)
+        needed = range(epochs[0], epochs[-1] + 1)
+        self.orders = {epoch: self.orders[epoch] if epoch in self.orders else
+                       np.random.default_rng((self.seed, epoch)).permutation(self.n_rows_per_epoch)
+                       for epoch in needed}
+        return np.concatenate([self.orders[epoch][position[epochs == epoch]] for epoch in needed])
+
     def rows(self, step):
         """Indices of the step's rows, in the order (micro, rank, row); a step may reach into the next epoch."""
         if self.latest[0] != step:
-            position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-            epochs, position = np.divmod(position, self.n_rows_per_epoch)
-            needed = range(epochs[0], epochs[-1] + 1)
-            self.orders = {epoch: self.orders[epoch] if epoch in self.orders else
-                           np.random.default_rng((self.seed, epoch)).permutation(self.n_rows_per_epoch)
-                           for epoch in needed}
-            parts = [self.orders[epoch][position[epochs == epoch]] for epoch in needed]
-            self.latest = step, np.concatenate(parts)
+            self.latest = step, self.read(step * self.rows_per_step, self.rows_per_step)
         return self.latest[1]
 
-    def __call__(self, step, micro):
-        """(ids (B, T), targets (B, T), cu_seqlens or None) of one rank's micro-batch; -100 where there is no target."""
-        rows_B = self.rows(step).reshape(-1, self.world_size, self.micro_rows)[micro, self.rank]
+    def gather(self, rows_B):
+        """(ids (B, T), targets (B, T), cu_seqlens or None) of rows by their indices; -100 where there is no target."""
         last_B = rows_B == self.n_rows_per_epoch - 1
         starts_B = np.where(last_B, self.tokens_per_epoch - self.context, rows_B * self.context)
         return gather_rows(self.tokens, starts_B, last_B * self.repeated, self.context, self.doc_offsets)
 
+    def __call__(self, step, micro):
+        """What gather() says of one rank's micro-batch."""
+        return self.gather(self.rows(step).reshape(-1, self.world_size, self.micro_rows)[micro, self.rank])
+
+    def targets_in(self, rows):
+        """How many targets of these rows are not -100."""
+        return len(rows) * self.context - int(np.count_nonzero(rows == self.n_rows_per_epoch - 1)) * self.repeated
+
     def targets_in_step(self, step):
         """Targets of the whole step that are not -100, over all micro-batches and ranks: its one denominator."""
-        last = np.count_nonzero(self.rows(step) == self.n_rows_per_epoch - 1)
-        return self.rows_per_step * self.context - int(last) * self.repeated
+        return self.targets_in(self.rows(step))
 
     def epoch(self, step):
         """Epochs done before `step`, with fraction."""

@@ -14,9 +14,10 @@ import torch
 
 import common
 import engine
+import mixing
 import optim
 from configurator import configure
-from data import TextBatches, fixed_rows, open_tokens
+from data import fixed_rows
 from model import GPT, Config, fetch
 from tokenizer import Tokenizer
 
@@ -30,7 +31,10 @@ device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
 compile = "auto"            # torch.compile: auto (on cuda with a C compiler, for rows not masked), true, false
 # --- data ---
-data = "data/text"          # folder written by data.py
+data = "data/text"          # folder written by data.py; several are mixed: data/web=0.7,data/code=0.3
+mix_temperature = 1.0       # folders without weights get shares ~ tokens^(1/this): 1 proportional, higher flatter
+max_source_epochs = 0.0     # cap on the passes over each source of a mixture; the others take its share; 0: none
+data_stages = ""            # mixtures for later: "0.8:data/web=0.4,data/math=0.6" from 80 % of max_steps on; ; between
 context = 256               # tokens in a row, T
 rows_per_step = 16          # global batch in rows = micro_rows * accumulation * ranks
 micro_rows = 0              # rows of one forward pass on one rank, B; lower it if memory runs out; 0: all at once
@@ -65,7 +69,7 @@ decay_fraction = 0.6        # share of the run that wsd's decay takes
 final_lr = 0.0              # last learning rate as a share of the peak
 # --- evaluation and log ---
 eval_every = 250            # steps between evaluations; each one saves, as the end of the run does
-eval_tokens = 200_000       # held-out tokens to evaluate on, always the same; 0: all
+eval_tokens = 200_000       # held-out tokens to evaluate on, of each source, always the same; 0: all
 sample_tokens = 64          # tokens of the sample printed at each evaluation; 0: none
 spike_factor = 10.0         # skip an update whose gradient norm is this many times the running median
 spike_patience = 10         # stop after this many skipped updates in a row
@@ -92,7 +96,7 @@ def main(config):
     least = dict(max_steps=1, eval_every=1, context=1, rows_per_step=1, micro_rows=0, eval_tokens=0, sample_tokens=0,
                  seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, spike_factor=1,
                  beta1=0, beta2=0, momentum=0, warmup_steps=0, decay_fraction=0, final_lr=0, rope_theta=1,
-                 spike_patience=1)
+                 spike_patience=1, mix_temperature=0, max_source_epochs=0)
     common.check(config, least)
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
     run = common.start(config)                              # ranks, device, seeds, out_dir
@@ -107,10 +111,9 @@ def main(config):
                          f"{compile!r} and {'a compiler' if compiler else 'no compiler'}")
 
     # data
-    open_tokens(data, "val")                                # says now what would be wrong at the first evaluation
-    tokenizer = Tokenizer.load(data)
-    batches = TextBatches(data, "train", rows_per_step, micro, context, seed, run.rank, run.world_size, mask_documents,
-                          tokenizer)
+    folders = mixing.open_folders(data, data_stages)        # says now what would be wrong at the first evaluation
+    tokenizer = Tokenizer.load(folders[0])
+    batches = mixture = mixing.text_batches(config, micro, run.rank, run.world_size, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
     held = f"{batches.n_tokens:,} tokens of tokenizer {tokenizer.fingerprint}"
     if run.state and run.state["extra"]["data"] != held:
@@ -146,7 +149,7 @@ def main(config):
     tokens_per_step = rows_per_step * context
     run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
               f"{batches.steps_per_epoch:,.0f} steps of {tokens_per_step:,} tokens an epoch, " +
-              (f"{max_seconds:g} seconds" if max_seconds else f"{max_steps} steps in all"))
+              (f"{max_seconds:g} seconds" if max_seconds else f"{max_steps} steps in all"), *mixture.plan())
 
     for step in range(run.first_step, max_steps + 1):
         done = max(step / max_steps, run.elapsed() / max_seconds if max_seconds else 0)
@@ -155,11 +158,12 @@ def main(config):
         # evaluate and save
         if done >= 1 or step and step % eval_every == 0 and step > run.first_step:
             eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
-            rows = fixed_rows(data, "val", context, eval_rows, eval_tokens, run.rank, run.world_size, mask_documents,
-                              tokenizer)
-            val_loss, val_bpb = evaluate(model, rows, token_bytes, run)
+            scores = [evaluate(model, fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank,
+                                                 run.world_size, mask_documents, tokenizer), token_bytes, run)
+                      for folder in folders]
+            val_loss, val_bpb = mixture.average(scores)
             if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
-                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb)
+                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb, **mixture.metrics(step, scores))
             best = val_loss < run.extra.get("best_val_loss", math.inf)
             run.extra.update(guard=guard.state(), evaluated=step)
             if best:
@@ -205,12 +209,13 @@ def main(config):
                 skipped_updates=guard.skipped)
 
     run.finish()
+    run.print(*mixture.report(step))
     if done < 1:
         run.print(f"stopped before step {step}; go on with the same options and --resume=true")
     else:
         run.print(f"{out_dir}: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte on held-out text after "
                   f"{run.clock():.1f} s; talk to it: python chat.py --model={out_dir}; score it: python eval.py "
-                  f"--model={out_dir} --tasks=bpb --text={data}")
+                  f"--model={out_dir} --tasks=bpb --text={folders[0]}")
 
 
 if __name__ == "__main__":

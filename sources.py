@@ -249,8 +249,9 @@ class Source:
                              "network, and the name as in hub:ID:CONFIG:SPLIT") from None
 
 
-def parse_sources(text, text_column, invalid_utf8):
-    """[Source]: "a.txt=0.7,b=0.3" is two with weights, "a.txt,b" two without. An = in a file's name is no weight."""
+def names_and_weights(text, option="sources"):
+    """[(name, weight or None)]: "a.txt=0.7,b=0.3" is two with weights, "a.txt,b" two without. An = in a file's name is
+    no weight. ValueError, which names the option, if there are none, or some with a weight and some without."""
     parsed = []
     for item in filter(None, map(str.strip, text.split(","))):
         name, _, number = item.rpartition("=")
@@ -259,11 +260,16 @@ def parse_sources(text, text_column, invalid_utf8):
         if weighted and parsed[-1][1] <= 0:
             raise ValueError(f"the weight of source {name} is {number}; it must be above 0")
     if not parsed:
-        raise ValueError(f"sources is {text!r} and names none; try --sources=stdlib")
+        raise ValueError(f"{option} is {text!r} and names none" + "; try --sources=stdlib" * (option == "sources"))
     if len({weight is None for _, weight in parsed}) > 1:
         raise ValueError(f"some sources have a weight and some have none: {text!r}; give one to all or to none")
+    return parsed
+
+
+def parse_sources(text, text_column, invalid_utf8):
+    """[Source] of names, with weights or without."""
     columns = [column.strip() for column in text_column.split(",")]
-    return [Source(name, weight, columns, invalid_utf8) for name, weight in parsed]
+    return [Source(name, weight, columns, invalid_utf8) for name, weight in names_and_weights(text)]
 
 
 def mix(corpus, max_bytes, notes):

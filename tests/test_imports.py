@@ -26,7 +26,8 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
-         "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
+         "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"},
+         "mixing": {"data", "sources"}}
 STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
