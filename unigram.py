@@ -57,5 +57,8 @@ def learn(texts, rare, room):
                                       special_tokens=["<unk>"])
     model.train_from_iterator((between.split(text) for text in texts), trainer)
     pieces = json.loads(model.to_str())["model"]["vocab"]
-    pieces = [[piece, round(score, DIGITS)] for piece, score in pieces if piece != "<unk>"]
+    pieces = [(piece, score) for piece, score in pieces if piece != "<unk>"]
+    # characters that training drops come back at its end with scores in chance's order: all get the least score
+    least = min((score for piece, score in pieces if len(piece) > 1), default=0.0)
+    pieces = [[piece, round(max(score, least), DIGITS)] for piece, score in pieces]
     return sorted(pieces, key=lambda pair: (-pair[1], pair[0]))[:room]
