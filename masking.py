@@ -1,4 +1,4 @@
-"""The other objective of pretraining: hidden tokens guessed from both sides (BERT, Devlin et al. 2018, arXiv:1810.04805).
+"""The other objective of pretraining: hidden tokens guessed from both sides (BERT, Devlin et al., arXiv:1810.04805).
 
 Of the tokens of a row a share is chosen; of these 80 % become <|mask|>, 10 % a random token and 10 % stay as they are.
 Only the chosen ones have targets. Special tokens are never chosen.

@@ -75,7 +75,8 @@ class Config:
     def flops_per_token(self, length):
         """Training FLOPs a token, forward and backward: 6 for each matrix weight, and 12 L H D T for attention
         (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), of which causality needs half."""
-        return 6 * self.n_params(embeddings=False) + (6 if self.causal else 12) * self.n_layer * self.n_head * self.head_dim * length
+        attention = (6 if self.causal else 12) * self.n_layer * self.n_head * self.head_dim * length
+        return 6 * self.n_params(embeddings=False) + attention
 
     def to_hf(self):
         """The dictionary of Hugging Face's config.json."""
@@ -407,8 +408,8 @@ OTHER_KIND = {"CausalLM": "a reward model ({}) where a language model is wanted;
                           "sft.py, dpo.py, ppo.py or grpo.py wrote",
               "SequenceClassification": "a language model ({}) where a reward model is wanted; make one of it with "
                                         "python reward.py --init_from={}"}
-MASKED = ("a model trained with pretrain.py --objective=mlm ({}), which sees both ways and cannot continue text; give a "
-          "directory of --objective=clm, or go on with it by python pretrain.py --objective=mlm --init_from={}")
+MASKED = ("a model trained with pretrain.py --objective=mlm ({}), which sees both ways and cannot continue text; give "
+          "a directory of --objective=clm, or go on with it by python pretrain.py --objective=mlm --init_from={}")
 
 
 def read_model(path, kind):

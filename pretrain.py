@@ -136,8 +136,8 @@ def main(config):
         if os.path.exists(os.path.join(folder, "tokenizer.json")):
             its = Tokenizer.load(folder).with_mask() if mlm else Tokenizer.load(folder)
         if mlm and its.fingerprint == tokenizer.fingerprint and model.config.vocab_size < tokenizer.vocab_size:
-            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size}, all of it taken by its "
-                             "tokenizer, and no row left for <|mask|>; train with --objective=mlm from nothing")
+            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size}, all of it taken by "
+                             "its tokenizer, and no row left for <|mask|>; train with --objective=mlm from nothing")
         if its.fingerprint != tokenizer.fingerprint or model.config.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size} and tokenizer "
                              f"{its.fingerprint}, but {data} was encoded with {tokenizer.vocab_size} tokens of "
