@@ -59,6 +59,7 @@ tokenizer = ""                # folder or tokenizer.json to use; "" trains one o
 val_sources = ""              # held-out sources, kept out of the training side; then nothing is held out by hash
 max_bytes = 0                 # stop after so many bytes of text; 0 takes everything
 text_column = "text"          # column of rows that holds the text; of several (text,content) the first that a row has
+tokenizer_kind = "bpe"        # of a tokenizer trained here: bpe (byte-level) or unigram (SentencePiece's kind)
 vocab_size = 4096             # pieces of a tokenizer trained here; more makes text shorter and the model larger
 tokenizer_bytes = 20_000_000  # bytes of text that it is trained on; more takes longer and changes little
 # --- chats and pairs only ---
@@ -228,19 +229,21 @@ def encode(pieces, tokenizer, writers, progress):
 
 
 def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, text_column="text", invalid_utf8="error",
-            tokenizer="", vocab_size=4096, tokenizer_bytes=20_000_000, overwrite=False):
+            tokenizer="", tokenizer_kind="bpe", vocab_size=4096, tokenizer_bytes=20_000_000, overwrite=False):
     """Writes train.h5, val.h5 and the tokenizer into out_dir, and prints what they hold.
 
     All is written below out_dir/.unfinished and renamed at the end, train.h5 last: where it stands, the data is
     complete. Whatever goes wrong before that, out_dir is left as it was. ValueError of one sentence on bad input.
     """
     options = dict(locals())
-    from tokenizer import Tokenizer
+    from tokenizer import KINDS, Tokenizer
     started = time.perf_counter()
     if os.path.exists(os.path.join(out_dir, "train.h5")) and not overwrite:
         raise ValueError(f"{out_dir} already holds data; pass --overwrite=true to replace it, or another --out_dir")
     if invalid_utf8 not in ("error", "replace"):
         raise ValueError(f"invalid_utf8 is {invalid_utf8!r}; it must be error or replace")
+    if tokenizer_kind not in KINDS:
+        raise ValueError(f"tokenizer_kind is {tokenizer_kind!r}; it must be {' or '.join(KINDS)}")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
     corpus = parse_sources(sources, text_column, invalid_utf8)
@@ -272,7 +275,7 @@ def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, te
         if tokenizer is None:
             before = time.perf_counter()
             pieces = split_pieces(mix(corpus, max_bytes, Counter()), side_of, cut)
-            tokenizer = Tokenizer.train(training_texts(pieces, tokenizer_bytes), vocab_size)
+            tokenizer = Tokenizer.train(training_texts(pieces, tokenizer_bytes), vocab_size, tokenizer_kind)
             print(f"tokenizer: {tokenizer.vocab_size:,} pieces, trained in {time.perf_counter() - before:.1f} s")
             notes.clear()                                       # side_of counts again below
 

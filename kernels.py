@@ -67,6 +67,18 @@ def masked_attention(q, k, v, allowed=None, impl="auto"):
     return PlainAttention.apply(q, k, v, bias)
 
 
+def bidirectional_attention(q, k, v, cu_seqlens=None):
+    """Softmax attention to what is before and after, (B, T, H, D), scaled by D**-0.5; shapes as in attention. With
+    cu_seqlens a token sees only its own document. By torch's fused kernels."""
+    B, T, H, _ = q.shape
+    allowed = None
+    if cu_seqlens is not None:
+        document = document_ids(cu_seqlens, B * T).view(B, 1, T, 1)
+        allowed = document == document.transpose(-1, -2)                        # (B, 1, T, T)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=H != k.size(1)).transpose(1, 2)
+
+
 def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=None, impl="auto"):
     """Softmax attention of the newest tokens of each row to the row's cache, (B, T, H, D), scaled by D**-0.5.
 

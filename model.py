@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from kernels import attention, linear_logprob, rms_norm, rotate
+from kernels import attention, bidirectional_attention, linear_logprob, rms_norm, rotate
 
 
 @dataclasses.dataclass
@@ -40,6 +40,7 @@ class Config:
     end_ids: tuple = ()             # more ids that end an answer: <|im_end|>, once trained with the chat template
     pad_id: int | None = None
     rope_scaling: dict | None = None    # Llama 3's stretched rotary frequencies: see rope_frequencies
+    causal: bool = True             # False: a token sees what follows too, as pretrain.py --objective=mlm trains
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -74,13 +75,16 @@ class Config:
     def flops_per_token(self, length):
         """Training FLOPs a token, forward and backward: 6 for each matrix weight, and 12 L H D T for attention
         (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), of which causality needs half."""
-        return 6 * self.n_params(embeddings=False) + 6 * self.n_layer * self.n_head * self.head_dim * length
+        attention = (6 if self.causal else 12) * self.n_layer * self.n_head * self.head_dim * length
+        return 6 * self.n_params(embeddings=False) + attention
 
     def to_hf(self):
         """The dictionary of Hugging Face's config.json."""
         scaling = {"rope_scaling": {"rope_type": "llama3", **self.rope_scaling}} if self.rope_scaling else {}
-        return {"architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
-                "model_type": "qwen3" if self.qk_norm else "llama",
+        name = "Qwen3" if self.qk_norm else "Llama"
+        # transformers has no such model that sees both ways, and must not open one as a causal one
+        return {"architectures": [name + ("ForCausalLM" if self.causal else "ForMaskedLM")],
+                "model_type": ("" if self.causal else "masked_") + name.lower(),
                 "vocab_size": self.vocab_size, "hidden_size": self.n_embd, "intermediate_size": self.n_hidden,
                 "num_hidden_layers": self.n_layer, "num_attention_heads": self.n_head,
                 "num_key_value_heads": self.n_kv_head, "head_dim": self.head_dim, "hidden_act": "silu",
@@ -96,6 +100,8 @@ class Config:
         """The Config of a config.json's dictionary, with the end ids of a generation_config.json's; ValueError for a
         model that this Transformer does not compute."""
         kind = hf.get("model_type") if isinstance(hf, dict) else None
+        causal = kind not in ("masked_llama", "masked_qwen3")
+        kind = kind if causal else kind.removeprefix("masked_")
         if kind not in ("llama", "qwen3"):
             raise ValueError(f"{path}/config.json is of model type {kind!r}; model.py computes llama and qwen3 alone")
         rope = {**(hf.get("rope_parameters") or {}), **(hf.get("rope_scaling") or {})}
@@ -122,7 +128,8 @@ class Config:
                        context=hf["max_position_embeddings"], qk_norm=kind == "qwen3",
                        rope_theta=hf.get("rope_theta") or rope.get("rope_theta") or 10000.0,
                        tied=hf.get("tie_word_embeddings", False), norm_eps=hf["rms_norm_eps"],
-                       eos_id=eos, end_ids=tuple(ends), pad_id=hf.get("pad_token_id"), rope_scaling=scaling)
+                       eos_id=eos, end_ids=tuple(ends), pad_id=hf.get("pad_token_id"), rope_scaling=scaling,
+                       causal=causal)
         except KeyError as missing:
             raise ValueError(f"{path}/config.json has no {missing}") from None
 
@@ -219,6 +226,8 @@ class Backbone(nn.Module):
         """Final hidden states (B, T, C). positions (B, T), and attend(layer, q, k, v), which then stands for attention,
         are for tokens that do not just follow one another (likelihood.py)."""
         x = self.embed_tokens(ids).to(self.dtype)
+        if not self.config.causal:
+            attend = lambda layer, q, k, v: bidirectional_attention(q, k, v, cu_seqlens)
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)
         cos, sin = rope(positions, rope_frequencies(self.config, ids.device), self.dtype)
@@ -308,10 +317,14 @@ class GPT(nn.Module):
         write_model(directory, weights, config, generation)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, masked=False):
         """The model in a directory in the Hugging Face layout (ours, or any local Llama or Qwen3; "hub:ORG/NAME"
-        fetches one), as fp32 on the CPU. ValueError on missing, unknown or non-finite weights or other shapes."""
-        config, weights, path = read_model(path, "CausalLM")
+        fetches one), as fp32 on the CPU. masked: for the masked objective, which goes on from either kind.
+        ValueError on missing, unknown or non-finite weights or other shapes, and on a masked model not asked for."""
+        path = fetch(path)
+        found = architecture(read_json(os.path.join(path, "config.json")))
+        config, weights, path = read_model(path, "MaskedLM" if masked and "MaskedLM" in found else "CausalLM")
+        config.causal = not masked
         with torch.device("meta"):
             model = cls(config)
         if config.tied:
@@ -395,6 +408,8 @@ OTHER_KIND = {"CausalLM": "a reward model ({}) where a language model is wanted;
                           "sft.py, dpo.py, ppo.py or grpo.py wrote",
               "SequenceClassification": "a language model ({}) where a reward model is wanted; make one of it with "
                                         "python reward.py --init_from={}"}
+MASKED = ("a model trained with pretrain.py --objective=mlm ({}), which sees both ways and cannot continue text; give "
+          "a directory of --objective=clm, or go on with it by python pretrain.py --objective=mlm --init_from={}")
 
 
 def read_model(path, kind):
@@ -402,6 +417,8 @@ def read_model(path, kind):
     head than `kind`, CausalLM or SequenceClassification."""
     path = fetch(path)
     hf, generation = read_json(os.path.join(path, "config.json")), os.path.join(path, "generation_config.json")
+    if "MaskedLM" in architecture(hf) and kind != "MaskedLM":
+        raise ValueError(f"{path} holds " + MASKED.format(architecture(hf), path))
     if any(other in architecture(hf) for other in OTHER_KIND if other != kind):
         raise ValueError(f"{path} holds " + OTHER_KIND[kind].format(architecture(hf), path))
     generation = read_json(generation) if os.path.exists(generation) else None

@@ -3,6 +3,7 @@
     python data.py --sources=stdlib --out_dir=data/text
     python pretrain.py --data=data/text --max_steps=1000            one process
     torchrun --nproc_per_node=2 pretrain.py --data=data/text        the same steps on two
+    python pretrain.py --data=data/text --objective=mlm --out_dir=out/mlm       hidden tokens from both sides (BERT)
 
 Shapes: B rows of one forward pass, T tokens of context. A step is one optimizer update.
 """
@@ -14,6 +15,7 @@ import torch
 
 import common
 import engine
+import masking
 import mixing
 import optim
 from configurator import configure
@@ -30,6 +32,9 @@ seed = 1337                 # weights and the order of the data
 device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
 compile = "auto"            # torch.compile: auto (on cuda with a C compiler, for rows not masked), true, false
+# --- objective ---
+objective = "clm"           # clm: the next token, for all later stages; mlm: hidden tokens from both sides (masking.py)
+mask_share = 0.15           # mlm: share of the tokens that are hidden; more learns from more, with less to go by
 # --- data ---
 data = "data/text"          # folder written by data.py; several are mixed: data/web=0.7,data/code=0.3
 mix_temperature = 1.0       # folders without weights get shares ~ tokens^(1/this): 1 proportional, higher flatter
@@ -97,7 +102,10 @@ def main(config):
                  seed=0, lr=0, matrix_lr=0, embed_lr=0, weight_decay=0, grad_clip=0, max_seconds=0, spike_factor=1,
                  beta1=0, beta2=0, momentum=0, warmup_steps=0, decay_fraction=0, final_lr=0, rope_theta=1,
                  spike_patience=1, mix_temperature=0, max_source_epochs=0)
-    common.check(config, least)
+    common.check(config, least, objective=("clm", "mlm"))
+    mlm, second = objective == "mlm", "val_accuracy" if objective == "mlm" else "val_bpb"
+    if not 0 < mask_share < 1:
+        raise SystemExit(f"pretrain.py: mask_share must lie between 0 and 1, got {mask_share}")
     optim.lr_scale(0, 0.0, schedule, warmup_steps)          # refuses an unknown schedule now
     run = common.start(config)                              # ranks, device, seeds, out_dir
     micro = micro_rows or max(1, rows_per_step // run.world_size)
@@ -115,6 +123,10 @@ def main(config):
     tokenizer = Tokenizer.load(folders[0])
     batches = mixture = mixing.text_batches(config, micro, run.rank, run.world_size, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes)
+    wrote = tokenizer                                       # the data's; the model's may have <|mask|> besides
+    if mlm:
+        tokenizer = tokenizer.with_mask()
+        batches = masking.MaskedBatches(batches, tokenizer, mask_share, seed, accumulation, run.total)
     held = f"{batches.n_tokens:,} tokens of tokenizer {tokenizer.fingerprint}"
     if run.state and run.state["extra"]["data"] != held:
         raise SystemExit(f"pretrain.py: --resume=true, but {data} held {run.state['extra']['data']} and now holds "
@@ -123,9 +135,12 @@ def main(config):
     # model
     if init_from:
         folder = fetch(init_from)
-        model, its = GPT.load(folder), tokenizer
+        model, its = GPT.load(folder, masked=mlm), tokenizer
         if os.path.exists(os.path.join(folder, "tokenizer.json")):
-            its = Tokenizer.load(folder)
+            its = Tokenizer.load(folder).with_mask() if mlm else Tokenizer.load(folder)
+        if mlm and its.fingerprint == tokenizer.fingerprint and model.config.vocab_size < tokenizer.vocab_size:
+            raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size}, all of it taken by "
+                             "its tokenizer, and no row left for <|mask|>; train with --objective=mlm from nothing")
         if its.fingerprint != tokenizer.fingerprint or model.config.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"pretrain.py: {init_from} has vocab_size {model.config.vocab_size} and tokenizer "
                              f"{its.fingerprint}, but {data} was encoded with {tokenizer.vocab_size} tokens of "
@@ -134,7 +149,7 @@ def main(config):
     else:
         model = GPT(Config(-(-tokenizer.vocab_size // 128) * 128, n_layer, n_head, n_kv_head, n_embd, n_hidden=n_hidden,
                            context=context, rope_theta=rope_theta, qk_norm=qk_norm, tied=tied,
-                           eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id))
+                           eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, causal=not mlm))
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
     if compile == "true" or compile == "auto" and run.device.type == "cuda" and compiler and not mask_documents:
@@ -158,18 +173,19 @@ def main(config):
         # evaluate and save
         if done >= 1 or step and step % eval_every == 0 and step > run.first_step:
             eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
-            scores = [evaluate(model, fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank,
-                                                 run.world_size, mask_documents, tokenizer), token_bytes, run)
-                      for folder in folders]
-            val_loss, val_bpb = mixture.average(scores)
+            held_out = [fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank, run.world_size,
+                                   mask_documents, wrote) for folder in folders]
+            scores = [masking.evaluate(model, batches.held_out(rows), run) if mlm else
+                      evaluate(model, rows, token_bytes, run) for rows in held_out]
+            val_loss, score = mixture.average(scores, second)
             if run.extra.get("evaluated") != step:          # a finished run that is resumed says it once
-                run.log(step, done, val_loss=val_loss, val_bpb=val_bpb, **mixture.metrics(step, scores))
+                run.log(step, done, val_loss=val_loss, **{second: score}, **mixture.metrics(step, scores, second))
             best = val_loss < run.extra.get("best_val_loss", math.inf)
             run.extra.update(guard=guard.state(), evaluated=step)
             if best:
                 run.extra["best_val_loss"] = val_loss
             run.save(model, updates, step, tokenizer, best)
-            if sample_tokens and run.is_main:
+            if sample_tokens and run.is_main and not mlm:
                 [sample] = engine.generate(model, [[tokenizer.eot_id]], max_new_tokens=sample_tokens, temperature=0.8,
                                            seed=seed, overflow="slide")
                 run.print("  sample: " + tokenizer.decode(sample.tokens).replace("\n", "\n  | "))
@@ -187,10 +203,13 @@ def main(config):
 
         # gradients: one denominator for the whole step, all micro-batches and ranks
         targets_in_step = batches.targets_in_step(step)
-        loss_sum = 0.0
+        loss_sum, hits = 0.0, 0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            nll_BT = model(*run.move(*batches(step, i)))
+            nll_BT = model(*run.move(*batches(step, i)), want_hits=mlm)
+            if mlm:
+                nll_BT, hits_BT = nll_BT
+                hits += hits_BT.sum()
             (nll_BT.sum() * (run.world_size / targets_in_step)).backward()
             loss_sum += nll_BT.detach().sum()
 
@@ -203,17 +222,21 @@ def main(config):
 
         # log the whole step
         tokens_per_second = tokens_per_step / (run.clock() - begin)
+        right = {"accuracy": (run.total(hits) / targets_in_step).item()} if mlm else {}
         mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
         run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
                 num_tokens=(step + 1) * tokens_per_step, tokens_per_second=tokens_per_second, mfu=mfu,
-                skipped_updates=guard.skipped)
+                skipped_updates=guard.skipped, **right)
 
     run.finish()
     run.print(*mixture.report(step))
     if done < 1:
         run.print(f"stopped before step {step}; go on with the same options and --resume=true")
+    elif mlm:
+        run.print(f"{out_dir}: {val_loss:.4f} nats per hidden token, {score:.1%} of them right on held-out text after "
+                  f"{run.clock():.1f} s; go on with it by --objective=mlm --init_from={out_dir}")
     else:
-        run.print(f"{out_dir}: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte on held-out text after "
+        run.print(f"{out_dir}: {val_loss:.4f} nats per token, {score:.4f} bits per byte on held-out text after "
                   f"{run.clock():.1f} s; talk to it: python chat.py --model={out_dir}; score it: python eval.py "
                   f"--model={out_dir} --tasks=bpb --text={folders[0]}")
 

@@ -1,6 +1,7 @@
-"""Byte-level BPE: train one, or read GPT-2's or Hugging Face's; text and chats to ids and back.
+"""Byte-level BPE: train one, or read GPT-2's or Hugging Face's; or our own Unigram; text and chats to ids and back.
 
     tok = Tokenizer.train(texts, vocab_size=4096)    # texts: any iterable of str, for instance a generator over files
+    tok = Tokenizer.train(texts, 4096, "unigram")    # the other kind: unigram.py
     tok.save("out/tokenizer")                        # the Hugging Face layout: transformers and vLLM open it
     tok = Tokenizer.load("out/tokenizer")
     tok.decode(tok.encode("hello")) == "hello"
@@ -9,7 +10,8 @@
 Three steps: a regular expression splits the text into short pieces, a piece becomes its UTF-8 bytes, and the learned
 merges join neighbouring bytes, earliest merge first, until none applies (Sennrich et al. 2016, arXiv:1508.07909; on
 bytes: Radford et al. 2019). `tokenizers` trains and is the reference for ids; `tiktoken`, three times as fast, encodes
-wherever it provably gives the same ids (`_tiktoken_encoding` has the proof), `tokenizers` wherever it might not.
+wherever it provably gives the same ids (`_tiktoken_encoding` has the proof), `tokenizers` wherever it might not, and
+Unigram always.
 
 Text never becomes a special token, whatever it spells: specials are put in by id.
 """
@@ -28,8 +30,29 @@ import tiktoken
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+import unigram
+from vocabulary import (
+    BYTE_CHARS,
+    BYTE_OF_CHAR,
+    GPT2_SPLIT,
+    GPT4_SPLIT,
+    QWEN_SPLIT,
+    SPLIT,
+    added_token,
+    gpt2_json,
+    merge_pairs,
+    parse_json,
+    piece_bytes,
+    pieces_by_id,
+    refuse_other_kinds,
+    split_pattern,
+    tokenizer_json,
+)
+
+KINDS = ("bpe", "unigram")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<answer>", "</answer>")
 MARKS = SPECIALS[4:]                            # the specials that an assistant writes
+MASK = "<|mask|>"                               # stands for a hidden token; only with_mask has it
 ROLES = ("system", "user", "assistant")
 # ChatML, as Jinja for others; `generation` tells transformers what encode_chat's mask says. Newlines are written as
 # expressions because those after a block are dropped.
@@ -40,24 +63,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# GPT-4's way of splitting, with two changes: digits in groups of at most 2, and no run longer than 32 characters. The
-# bound makes encoding linear in the text (merging a piece of n bytes takes n log n, and tiktoken's regex engine gives
-# up on a million spaces) and training safe (`tokenizers` merges a piece of n bytes in n * n).
-SPLIT = (
-    r"'(?i:[sdmt]|ll|ve|re)"                    # 's 't 'll
-    r"|[^\r\n\p{L}\p{N}]?\p{L}{1,32}"           # a word, with the one space or sign before it
-    r"|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]{1,32}[\r\n]{0,32}"     # signs, with the line ends after them
-    r"|\s{0,32}[\r\n]"                          # blank lines
-    r"|\s{1,32}(?!\S)|\s{1,32}"                 # other white space; the last space before a word goes with the word
-)
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")                                                      # also Llama 3's
-QWEN_SPLIT = GPT4_SPLIT.replace("{1,3}", "")
 # Patterns on which the two libraries' regex engines agree, as tests/test_tokenizer.py shows over all of Unicode.
 TIKTOKEN_SPLITS = (SPLIT, GPT2_SPLIT, GPT4_SPLIT, QWEN_SPLIT)
-KEEP_MATCHES = (("Isolated", False), ("Removed", True))     # "behavior" and "invert" of a Split
 NFC = {"type": "NFC"}
 
 CONFIG_FILES = ("tokenizer_config.json", "chat_template.jinja")     # newer transformers keep the template apart
@@ -65,12 +72,6 @@ CHUNK = 1 << 16                                 # characters handed to a thread 
 BETWEEN_TEXTS = "<|zero2chat: next text|>"      # joins the texts of a chunk; in no vocabulary
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>")
 PADDING = ("<|pad|>", "<pad>", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>", "[PAD]")
-
-# Vocabulary files write byte b as BYTE_CHARS[b]: printable Latin-1 as itself, the rest from U+0100 on (GPT-2's
-# encoder.py), so that no piece holds a space or a line end.
-PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-BYTE_CHARS = [chr(b) if b in PRINTABLE else chr(0x100 + len({*range(b)} - PRINTABLE)) for b in range(256)]
-BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
 
 class Tokenizer:
@@ -84,9 +85,9 @@ class Tokenizer:
     def __init__(self, files):
         """`files`: the contents, by name, of tokenizer.json and, if there are such, of the CONFIG_FILES."""
         self._files = {name: files[name] for name in ("tokenizer.json", *CONFIG_FILES) if name in files}
-        self._config = _parse_json(files, "tokenizer_config.json")
-        self._spec = {"normalizer": None, "pre_tokenizer": None, **_parse_json(files, "tokenizer.json")}
-        _refuse_other_kinds(self._spec)
+        self._config = parse_json(files, "tokenizer_config.json")
+        self._spec = {"normalizer": None, "pre_tokenizer": None, **parse_json(files, "tokenizer.json")}
+        refuse_other_kinds(self._spec)
 
         # A control token is a special whether or not its file calls it one (Qwen's <think> says it is not). What else
         # was added, such as the runs of spaces of Phi-2 and GPT-NeoX, is vocabulary: found in text, as upstream does.
@@ -95,7 +96,7 @@ class Tokenizer:
         self.specials = {token.content: id for id, token in added
                          if token.special or (token.content.startswith("<") and token.content.endswith(">"))}
         self._added_words = {token.content: id for id, token in added if token.content not in self.specials}
-        self._pieces = {id: _piece_bytes(text) for text, id in self._spec["model"]["vocab"].items()}
+        self._pieces = pieces_by_id(self._spec["model"])
         self._pieces.update({id: token.content.encode() for id, token in added})
         self.vocab_size = max(self._pieces) + 1
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
@@ -103,21 +104,33 @@ class Tokenizer:
         self.token_bytes[list(self._pieces)] = [len(piece) for piece in self._pieces.values()]
         self.token_bytes[list(self.specials.values())] = 0
 
-        self._split = _split_pattern(self._spec["pre_tokenizer"])
-        self._tiktoken, self._id_of_rank = self._tiktoken_encoding(upstream.model)
+        self.kind = "unigram" if self._spec["model"].get("type") == "Unigram" else "bpe"
+        if self.kind == "unigram":
+            if self._added_words:
+                raise ValueError(f"it is a Unigram with added words, such as {next(iter(self._added_words))!r}")
+            self._split, self._tiktoken = SPLIT, None
+        else:
+            self._split = split_pattern(self._spec["pre_tokenizer"])
+            self._tiktoken, self._id_of_rank = self._tiktoken_encoding(upstream.model)
 
     @classmethod
-    def train(cls, texts, vocab_size):
-        """A Tokenizer of at most `vocab_size` ids: bytes 0..255 as themselves, merges in order, the SPECIALS last.
+    def train(cls, texts, vocab_size, kind="bpe"):
+        """A Tokenizer of at most `vocab_size` ids: bytes 0..255 as themselves, merges in order, the SPECIALS last; of
+        kind "unigram" pieces in place of merges, the likeliest first.
 
         The smallest vocab_size means plain bytes. It comes out smaller than asked for if no pair of pieces is left
         that occurs twice. The same texts give the same tokenizer. Raises ValueError if vocab_size is too small.
         """
+        if kind not in KINDS:
+            raise ValueError(f"the kind of a tokenizer must be {' or '.join(KINDS)}, got {kind!r}")
         if isinstance(texts, str):
             raise ValueError("train takes several texts, got one string, whose characters would be the texts")
         if vocab_size < 256 + len(SPECIALS):
             raise ValueError(f"vocab_size={vocab_size} is too small: the 256 bytes and {len(SPECIALS)} special tokens "
                              f"alone take {256 + len(SPECIALS)}")
+        parts = ([_well_formed(part) for part in _cut(text)] for text in texts)
+        if kind == "unigram":
+            return cls({"tokenizer.json": unigram.train(itertools.chain.from_iterable(parts), vocab_size, SPECIALS)})
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -126,13 +139,13 @@ class Tokenizer:
         # are cut, because `tokenizers` needs about 90 bytes of memory for each byte of the text it is splitting.
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIALS), min_frequency=2, show_progress=False,
                                       initial_alphabet=byte_level.alphabet())
-        bpe.train_from_iterator(([_well_formed(part) for part in _cut(text)] for text in texts), trainer)
+        bpe.train_from_iterator(parts, trainer)
 
         trained = json.loads(bpe.to_str())
         merges = trained["model"]["merges"]
         vocab = {text: id for id, text in enumerate([*BYTE_CHARS, *("".join(pair) for pair in merges)])}
         specials = {text: len(vocab) + i for i, text in enumerate(SPECIALS)}
-        return cls({"tokenizer.json": _tokenizer_json(vocab, merges, specials, trained["pre_tokenizer"])})
+        return cls({"tokenizer.json": tokenizer_json(vocab, merges, specials, trained["pre_tokenizer"])})
 
     @classmethod
     def load(cls, path):
@@ -148,14 +161,15 @@ class Tokenizer:
             raise ValueError(f"{path} holds no tokenizer: looked for {' or '.join(map(' with '.join, sources))}")
         files = {name: (folder / name).read_bytes() for name in [*found, *CONFIG_FILES] if (folder / name).is_file()}
         try:
-            return cls({**files, "tokenizer.json": files[found[0]] if len(found) == 1 else _gpt2_json(files, *found)})
+            return cls({**files, "tokenizer.json": files[found[0]] if len(found) == 1 else gpt2_json(files, *found)})
         except Exception as error:      # `tokenizers` raises nothing more precise
             reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} cannot be used: {reason}") from error
 
     def save(self, directory):
         """Writes tokenizer.json and tokenizer_config.json, its chat template in it; what was loaded, byte for byte."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        mask = {"mask_token": MASK} if MASK in self.specials else {}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **mask,
                   "eos_token": self._special_text(END_OF_TEXT, "eos_token"),
                   "pad_token": self._special_text(PADDING, "pad_token"), "chat_template": self.chat_template}
         files = {"tokenizer_config.json": json.dumps(config, indent=2).encode(), **self._files}
@@ -167,6 +181,17 @@ class Tokenizer:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, Path(directory, name))    # readers see the old file or the new one, never half
+
+    def with_mask(self):
+        """This tokenizer with one special more, <|mask|>, whose id is the next one; itself if it has it already."""
+        if MASK in self.specials:
+            return self
+        spec = parse_json(self._files, "tokenizer.json")
+        spec["added_tokens"] = [*(spec.get("added_tokens") or []), added_token(self.vocab_size, MASK)]
+        files = {**self._files, "tokenizer.json": json.dumps(spec, ensure_ascii=False).encode()}
+        if self._config:
+            files["tokenizer_config.json"] = json.dumps({**self._config, "mask_token": MASK}, indent=2).encode()
+        return Tokenizer(files)
 
     # --- text to ids ---
 
@@ -180,7 +205,8 @@ class Tokenizer:
         Short texts are joined and, in our own tokenizers, long ones cut where that cannot change an id: handing texts
         over one by one, the threads would wait for each other, and one long text would keep only one of them busy.
         """
-        cuts = [_cut(text) if self._tiktoken and self._split == SPLIT else [text] for text in texts]
+        cuttable = self._split == SPLIT and (self._tiktoken or self.kind == "unigram")
+        cuts = [_cut(text) if cuttable else [text] for text in texts]
         chunks, characters = [[]], 0
         for part in itertools.chain.from_iterable(cuts):
             if characters >= CHUNK:
@@ -220,7 +246,9 @@ class Tokenizer:
     def _tokenizers(self):
         """The same tokenizer in `tokenizers`, without the specials, so that it cannot find them in text."""
         model = self._spec["model"]
-        pieces = {*BYTE_CHARS, *map("".join, _merge_pairs(model)), model.get("unk_token")}
+        if self.kind == "unigram":      # its specials are not in the model's vocabulary
+            return tokenizers.Tokenizer.from_str(json.dumps({**self._spec, "added_tokens": [], "post_processor": None}))
+        pieces = {*BYTE_CHARS, *map("".join, merge_pairs(model)), model.get("unk_token")}
         vocab = {text: id for text, id in model["vocab"].items() if text in pieces or text not in self.specials}
         added = [token for token in self._spec.get("added_tokens") or [] if token["content"] in self._added_words]
         return tokenizers.Tokenizer.from_str(json.dumps({
@@ -241,7 +269,7 @@ class Tokenizer:
         cannot be merged have a rank too, and must not be two parts on their own, or tiktoken would join them.
         """
         model, vocab = self._spec["model"], self._spec["model"]["vocab"]
-        in_order = [text for text, _ in itertools.groupby(map("".join, _merge_pairs(model)))]   # Llama 3: all splits
+        in_order = [text for text, _ in itertools.groupby(map("".join, merge_pairs(model)))]   # Llama 3: all splits
         in_utf8 = [char for byte, char in enumerate(BYTE_CHARS) if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))]
         if (self._split not in TIKTOKEN_SPLITS or self._added_words or self._spec["normalizer"] not in (None, NFC)
                 or len({*in_order}) < len(in_order) or not vocab.keys() >= {*in_utf8}):
@@ -254,7 +282,7 @@ class Tokenizer:
                 texts.append(text)
             elif whole_only and len(parts) == 2:
                 return None, None
-        ranks = {_piece_bytes(text): rank for rank, text in enumerate(texts)}
+        ranks = {piece_bytes(text): rank for rank, text in enumerate(texts)}
         encoding = tiktoken.Encoding("zero2chat", pat_str=self._split, mergeable_ranks=ranks,
                                      special_tokens={BETWEEN_TEXTS: len(ranks)})
         return encoding, np.array([*(vocab[text] for text in texts), 0], self._dtype)
@@ -367,7 +395,9 @@ class Tokenizer:
     def fingerprint(self):
         rules = [self._split or self._spec["pre_tokenizer"], self._spec["normalizer"], self.specials, self._added_words,
                  bool(self._spec["model"].get("ignore_merges"))]
-        decides = (sorted(self._pieces.items()), _merge_pairs(self._spec["model"]), json.dumps(rules, sort_keys=True))
+        model = self._spec["model"]
+        learned = model["vocab"] if self.kind == "unigram" else merge_pairs(model)
+        decides = (sorted(self._pieces.items()), learned, json.dumps(rules, sort_keys=True))
         return hashlib.sha256(ascii(decides).encode()).hexdigest()[:16]
 
 
@@ -410,78 +440,3 @@ def _well_formed(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _piece_bytes(text):
-    """The bytes that a vocabulary entry stands for."""
-    try:
-        return bytes([BYTE_OF_CHAR[char] for char in text])
-    except KeyError:
-        return text.encode()    # not written in BYTE_CHARS: an added token
-
-
-def _merge_pairs(model):
-    """The merges in order, as (left, right); files hold "left right" or ["left", "right"]."""
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-
-
-def _parse_json(files, name):
-    """The contents of a JSON file as a dict, empty if there is no such file."""
-    try:
-        return dict(json.loads(files.get(name, b"{}")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"its {name} is not a JSON object ({error})") from None
-
-
-def _refuse_other_kinds(spec):
-    """ValueError unless the tokenizer.json is of byte-level BPE with nothing left to chance."""
-    model = spec.get("model") or {}
-    kind = model.get("type") or ("BPE" if "merges" in model else "no model")    # GPT-2's own file names no type
-    if kind == "BPE" and '"ByteLevel"' not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
-        kind = "BPE on characters (SentencePiece)"
-    elif any(model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")):
-        kind = "BPE with byte_fallback, marks on words or dropout"
-    if kind != "BPE":
-        raise ValueError(f"it is {kind}, not byte-level BPE, the kind of GPT-2, Llama 3 and Qwen")
-
-
-def _split_pattern(pre_tokenizer):
-    """The regular expression whose matches are the pieces, or None if it takes more than one to say."""
-    *splits, byte_level = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else [{}]
-    if byte_level.get("type") != "ByteLevel" or byte_level["add_prefix_space"]:
-        return None
-    if byte_level.get("use_regex", True):
-        return None if splits else GPT2_SPLIT
-    # TIKTOKEN_SPLITS match every character, so that it does not matter what becomes of the text between matches
-    if len(splits) == 1 and (splits[0].get("behavior"), splits[0].get("invert")) in KEEP_MATCHES:
-        return splits[0]["pattern"].get("Regex")
-    return None
-
-
-def _gpt2_json(files, vocab_name, merges_name):
-    """GPT-2's two files as the contents of a tokenizer.json."""
-    config = _parse_json(files, "tokenizer_config.json")
-    if "GPT2" not in config.get("tokenizer_class", "GPT2"):
-        raise ValueError(f"{merges_name} does not say how a {config['tokenizer_class']} splits text, as its "
-                         "tokenizer.json would")
-    vocab = _parse_json(files, vocab_name)
-    lines = files[merges_name].decode().splitlines()
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    specials = {text: vocab[text] for text in vocab.keys() - {*BYTE_CHARS, *map("".join, merges)}}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False),
-                  "trim_offsets": False, "use_regex": True}
-    return _tokenizer_json(vocab, merges, specials, byte_level)
-
-
-def _tokenizer_json(vocab, merges, specials, pre_tokenizer):
-    """The contents of a tokenizer.json, as `tokenizers` writes it."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": id, "content": text, **flags} for text, id in sorted(specials.items(), key=lambda item: item[1])]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": vocab, "merges": merges}
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": pre_tokenizer, "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            "model": model}
-    return json.dumps(spec, ensure_ascii=False).encode()

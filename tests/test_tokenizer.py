@@ -15,7 +15,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 import tokenizer as module
-from tokenizer import BYTE_CHARS, SPECIALS, SPLIT, Tokenizer
+from tokenizer import SPECIALS, Tokenizer
+from vocabulary import BYTE_CHARS, SPLIT, tokenizer_json
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared/data"
 GPT2 = SHARED / "gpt2_bpe"
@@ -192,7 +193,7 @@ def test_merges_in_any_order_give_the_ids_of_tokenizers():
         never_merged = ["".join(rng.choices("ab", k=rng.randint(2, 5))) for _ in range(rng.randint(0, 2))]
         texts = list(dict.fromkeys([*BYTE_CHARS, *pieces, *never_merged]))
         ids = rng.sample(range(len(texts)), len(texts))
-        spec = json.loads(module._tokenizer_json(dict(zip(texts, ids)), merges, {}, {
+        spec = json.loads(tokenizer_json(dict(zip(texts, ids)), merges, {}, {
             "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}))
         spec["model"]["ignore_merges"] = rng.random() < 0.4
         content = json.dumps(spec)
