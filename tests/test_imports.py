@@ -26,6 +26,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
+         "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
 STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
 HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
