@@ -57,7 +57,7 @@ class Scorers:
                                      "pip install -r requirements-clean.txt")
         for option, name in NEEDED_BY.items():
             if o[option] != DEFAULTS[option] and name not in self.names:
-                raise ValueError(f"--{option} is of the score {name}, which is not taken; add it, as in --scores={name}")
+                raise ValueError(f"--{option} is of the score {name}, which is not taken; add --scores={name}")
         for name, option, file in (("perplexity", "perplexity_model", "config.json"),
                                    ("quality", "quality_model", "quality.json")):
             if name in self.names and not (o[option] and os.path.exists(os.path.join(o[option], file))):
