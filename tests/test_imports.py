@@ -26,6 +26,7 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
+         "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
