@@ -1,7 +1,7 @@
 """What cleaning does to one chunk of documents: a pure function before duplicates are known, and one after.
 
-    washed = wash(settings, (number, documents))                    # pass 1: repaired, filtered, scored, hashed
-    finished = finish(settings, (number, washed["lines"], fates, repeated))     # pass 2: what is not a duplicate
+    wash(settings, (number, documents))             # pass 1: repaired, filtered, scored, hashed
+    finish(settings, (number, lines, ...))          # pass 2: what is no duplicate, without repeated lines
 
 Both return plain bytes, arrays and counts, and write nothing, so that any process on any machine may call them.
 
@@ -28,6 +28,8 @@ EXAMPLES = 5                    # rejected documents of each rule that a chunk s
 EXAMPLE_CHARACTERS = 2000       # of so many characters
 SCORE_EDGES = [round(0.05 * i, 2) for i in range(21)]       # of scores that are probabilities
 BITS_EDGES = [0.25 * i for i in range(33)]                  # of bits per byte
+SCORES = {"language": ("language_score", SCORE_EDGES), "toxicity": ("toxicity", SCORE_EDGES),
+          "perplexity": ("bits_per_byte", BITS_EDGES), "quality": ("quality", SCORE_EDGES)}     # score: its number
 
 
 class Tally:
@@ -36,16 +38,18 @@ class Tally:
     def __init__(self):
         self.facts, self.examples = {"sources": {}, "histograms": {}, "questions": {}}, {}
 
+    def source(self, document):
+        return self.facts["sources"].setdefault(document["source"], {
+            "documents_in": 0, "bytes_in": 0, "documents_out": 0, "bytes_out": 0, "rejected": {}})
+
     def count(self, document, moment, size):
         """`moment` is in or out."""
-        source = self.facts["sources"].setdefault(document["source"], {
-            "documents_in": 0, "bytes_in": 0, "documents_out": 0, "bytes_out": 0, "rejected": {}})
+        source = self.source(document)
         source[f"documents_{moment}"] += 1
         source[f"bytes_{moment}"] += size
-        return source
 
     def reject(self, document, rule, text, size):
-        rejected = self.facts["sources"][document["source"]]["rejected"].setdefault(rule, [0, 0])
+        rejected = self.source(document)["rejected"].setdefault(rule, [0, 0])
         rejected[0] += 1
         rejected[1] += size
         shown = self.examples.setdefault(rule, [])
@@ -53,25 +57,20 @@ class Tally:
             shown.append({"rule": rule, "source": document["source"], "id": document["id"],
                           "text": text[:EXAMPLE_CHARACTERS]})
 
-    def measure(self, moment, documents, scores):
-        """Histograms of lengths and of scores, {name: edges}."""
-        edges = {"length": report.LENGTH_EDGES, **scores}
-        for name, of_name in edges.items():
-            values = [len(d["text"]) if name == "length" else d.get(name) for d in documents]
-            found = self.facts["histograms"].setdefault(name if name != "length" else "characters", {
-                "edges": of_name, "in": [0] * (len(of_name) - 1), "out": [0] * (len(of_name) - 1)})
-            found[moment] = report.histogram([value for value in values if value is not None], of_name)
+    def measure(self, moment, what, edges, values):
+        """A histogram of numbers; None, a score that could not be taken, is left out."""
+        found = self.facts["histograms"].setdefault(what, {
+            "edges": edges, "in": [0] * (len(edges) - 1), "out": [0] * (len(edges) - 1)})
+        found[moment] = report.histogram([value for value in values if value is not None], edges)
+
+    def measure_all(self, moment, documents, score_names):
+        for name in score_names:
+            column, edges = SCORES[name]
+            self.measure(moment, column, edges, [document[column] for document in documents])
 
 
 def size_of(text):
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def score_edges(names):
-    """{score column: edges of its histogram} of the scores that are taken."""
-    columns = {"language": "language_score", "perplexity": "bits_per_byte", "toxicity": "toxicity",
-               "quality": "quality"}
-    return {columns[name]: BITS_EDGES if name == "perplexity" else SCORE_EDGES for name in names}
 
 
 def merged(document, columns):
@@ -88,13 +87,13 @@ def wash(settings, item):
 
     Returns {"number", "lines": JSON lines (bytes), "facts", "examples", "arrays": {
         "ends" (D,) bytes up to each document's end in lines, "sizes" (D,) bytes of text as it came in,
-        "hashes" (D,) uint64, "signatures" (D, P) uint32 or simhashes (D,) uint64, "line_hashes" (L,) uint64, the
-        distinct ones of each document, "line_counts" (D,), and a column (D,) for every score}}.
+        "lengths" (D,) characters, "hashes" (D,) uint64, "signatures" (D, P) uint32 or simhashes (D,) uint64, "line_hashes" (L,) uint64, the
+        distinct ones of each document, "line_counts" (D,), and a column (D,) for every score, NaN where there is none}}.
     """
     number, documents = item
     tally, steps = Tally(), cleaners.parse_steps(settings["steps"])
     rules, scored = filters.parse_filters(settings["filters"]), scorers.Scorers(settings["scores"], settings)
-    tally.measure("in", documents, {})
+    tally.measure("in", "characters", report.LENGTH_EDGES, [len(document["text"]) for document in documents])
 
     # steps and filters, document by document
     kept = []                               # (document with its new text, bytes as it came in)
@@ -123,20 +122,22 @@ def wash(settings, item):
     # scores
     columns = scored.columns([document for document, _ in kept])
     kept = [(merged(document, found), size) for (document, size), found in zip(kept, columns)]
-    tally.measure("in", [document for document, _ in kept], score_edges(scored.names))
-    tally.facts["histograms"]["characters"]["in"] = report.histogram([len(d["text"]) for d in documents],
-                                                                     report.LENGTH_EDGES)
+    tally.measure_all("in", [document for document, _ in kept], scored.names)
     reasons = [scored.rejects(found) for found in columns]
     for (document, size), why in zip(kept, reasons):
         if why:
             tally.reject(document, why, document["text"], size)
     kept = [entry for entry, why in zip(kept, reasons) if not why]
 
-    encoded = [json.dumps(document, ensure_ascii=False).encode() + b"\n" for document, _ in kept]
+    encoded = [json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for document, _ in kept]
     arrays = {"ends": np.cumsum([len(line) for line in encoded], dtype=np.int64),
               "sizes": np.array([size for _, size in kept], np.int64),
               **fingerprints([document["text"] for document, _ in kept], settings),
-              **score_arrays([document for document, _ in kept], scored.names)}
+              "lengths": np.array([len(document["text"]) for document, _ in kept], np.float64),
+              **{name: np.array([np.nan if document[name] is None else document[name] for document, _ in kept], float)
+                 for name, _ in map(SCORES.get, scored.names)}}
+    if "language" in scored.names:
+        arrays["language"] = np.array([document["language"] or "" for document, _ in kept], "U16")
     return {"number": number, "lines": b"".join(encoded), "arrays": arrays, "facts": tally.facts,
             "examples": tally.examples}
 
@@ -153,3 +154,54 @@ def fingerprints(texts, settings):
         arrays["line_hashes"] = np.concatenate([*of_text, np.empty(0, np.uint64)]).astype(np.uint64)
         arrays["line_counts"] = np.array([len(hashes) for hashes in of_text], np.int64)
     return arrays
+
+
+# --- pass 2 ---
+
+def finish(settings, item):
+    """{"number", "documents": gzipped JSON lines, "facts", "examples"} of a chunk of pass 1.
+
+    item is (number, lines, sizes (D,), fates (D,), repeated, edges): the sorted hashes of lines to drop, and the edges
+    of the buckets of perplexity. A document that loses lines must pass the filters once more.
+    """
+    number, lines, sizes, fates, repeated, edges = item
+    tally, rules, written = Tally(), filters.parse_filters(settings["filters"]), []
+    scored = scorers.Scorers(settings["scores"], settings)
+    for line, size, fate in zip(lines.split(b"\n"), sizes.tolist(), fates.tolist()):
+        document, why = json.loads(line), FATES[fate]
+        text = document["text"]
+        if not why and len(repeated):
+            shorter = dedup.drop_lines(text, repeated, settings["repeated_unit"])
+            if not shorter.strip():
+                why = f"nothing left: repeated {settings['repeated_unit']}s"
+            elif shorter != text:
+                passed, why = filters.apply(shorter, rules)
+                document["text"] = passed
+        if not why and edges:
+            document["bucket"] = scorers.bucket(document, edges)
+            why = scored.rejects(document)
+        if why:
+            tally.reject(document, why, text, size)
+        else:
+            written.append(document)
+            tally.count(document, "out", size_of(document["text"]))
+    tally.measure("out", "characters", report.LENGTH_EDGES, [len(document["text"]) for document in written])
+    tally.measure_all("out", written, scored.names)
+    encoded = b"".join(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for document in written)
+    return {"number": number, "documents": gzip.compress(encoded, 6, mtime=0) if written else b"",
+            "facts": tally.facts, "examples": tally.examples}
+
+
+# --- counts ---
+
+def add(total, facts):
+    """Adds `facts`, numbers in dicts and lists, to `total`, in place; edges of histograms stay as they are."""
+    for name, value in facts.items():
+        if name not in total:
+            total[name] = json.loads(json.dumps(value))
+        elif isinstance(value, dict):
+            add(total[name], value)
+        elif isinstance(value, list) and name != "edges":
+            total[name] = [a + b for a, b in zip(total[name], value)]
+        elif name != "edges":
+            total[name] += value
