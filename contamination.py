@@ -12,7 +12,7 @@ from dedup import batches, random_numbers, word_hashes
 from sources import extension, find_files, json_rows
 
 QUESTIONS = ("question", "prompt", "query", "goal", "instruction", "text", "turns")     # columns, all that a row has
-TABLE_BITS = 22              # of a table that says which n-grams need no closer look
+SHIFT = np.uint64(42)        # the 22 bits above it choose a place in the table that says what needs a closer look
 
 
 def strings(value):
@@ -50,46 +50,46 @@ class Contamination:
     def __init__(self, files, ngram=13, shortest=5, columns=QUESTIONS):
         if not 1 <= shortest <= ngram:
             raise ValueError(f"the shortest question looked for must have from 1 to ngram={ngram} words, not {shortest}")
-        self.ngram = ngram
+        self.ngram, self.shortest = ngram, shortest
         self.files = list(dict.fromkeys(path for name in files for path in sorted(find_files(name))))
         self.questions, self.too_short, hashes, owners = {}, {}, [], []
-        self.lengths = range(1, ngram + 1)
         for owner, path in enumerate(self.files):
             texts = questions_of(path, columns)
-            n_words = np.diff(word_hashes(texts)[1])
+            words, begins = word_hashes(texts)
+            question, n_words = np.repeat(np.arange(len(texts)), np.diff(begins)), np.diff(begins)
             self.questions[path], self.too_short[path] = len(texts), int((n_words < shortest).sum())
-            for length, found, question in self.windows(texts):
-                fits = (length >= shortest) & (np.minimum(n_words, ngram)[question] == length)
+            for n, found in self.windows(words):
+                inside = question[:len(found)] == question[n - 1:]
+                fits = inside & (np.minimum(n_words, ngram)[question[:len(found)]] == n)
                 hashes.append(np.unique(found[fits]))
                 owners.append(np.full(len(hashes[-1]), owner))
         hashes, owners = np.concatenate(hashes or [[]]).astype(np.uint64), np.concatenate(owners or [[]]).astype(int)
         order = np.lexsort((owners, hashes))
         self.hashes, self.owners = hashes[order], owners[order]
-        self.lengths = range(shortest, ngram + 1)
-        self.table = np.zeros(2 ** TABLE_BITS, bool)
-        self.table[self.hashes >> np.uint64(64 - TABLE_BITS)] = True
+        self.table = np.zeros(2 ** 64 >> int(SHIFT), bool)
+        self.table[self.hashes >> SHIFT] = True
 
-    def windows(self, texts):
-        """Yields (n, hashes of all runs of n words, the text each stands in) for each n of self.lengths."""
-        words, begins = word_hashes(texts)
-        owner = np.repeat(np.arange(len(texts)), np.diff(begins))
-        left = begins[1:][owner] - np.arange(len(words))            # words from here to the text's end
+    def windows(self, words):
+        """Yields (n, hashes of the n words from each place on) for n from `shortest` to `ngram`; they are overwritten."""
         hashes = np.zeros(len(words), np.uint64)
-        lengths, factors = random_numbers(self.ngram, 7), random_numbers(self.ngram, 8)
-        for n in range(1, self.ngram + 1):
-            hashes[:len(words) - n + 1] += words[n - 1:] * factors[n - 1]
-            if n in self.lengths:
-                yield n, hashes[left >= n] + lengths[n - 1], owner[left >= n]
+        for n, factor in enumerate(random_numbers(self.ngram, 7)[:len(words)], start=1):
+            hashes[:len(words) - n + 1] += words[n - 1:] * factor
+            if n >= self.shortest:
+                yield n, hashes[:len(words) - n + 1]
 
     def found_all(self, texts):
         """For each text the names of the files of which a question stands in it, in the files' order."""
         found = [set() for _ in texts]
         for first, last in batches(texts):
-            for _, hashes, owner in self.windows(texts[first:last]):
-                near = np.flatnonzero(self.table[hashes >> np.uint64(64 - TABLE_BITS)])
-                low, high = (np.searchsorted(self.hashes, hashes[near], side) for side in ("left", "right"))
+            words, begins = word_hashes(texts[first:last])
+            for n, hashes in self.windows(words):
+                near = np.flatnonzero(self.table[hashes >> SHIFT])
+                owner = np.searchsorted(begins, near, "right") - 1
+                inside = near + n <= begins[owner + 1]
+                near, owner = hashes[near[inside]], owner[inside]
+                low, high = np.searchsorted(self.hashes, near), np.searchsorted(self.hashes, near, "right")
                 for i in np.flatnonzero(high > low):
-                    found[first + owner[near[i]]].update(self.owners[low[i]:high[i]].tolist())
+                    found[first + owner[i]].update(self.owners[low[i]:high[i]].tolist())
         return [[self.files[i] for i in sorted(files)] for files in found]
 
     def found(self, text):

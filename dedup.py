@@ -23,14 +23,15 @@ from sources import content_key
 NGRAM = 5                    # words in an n-gram, as in FineWeb (arXiv:2406.17557)
 PERMUTATIONS = 256           # values of a signature: the standard error of a similarity of 0.8 is then 0.025
 NOTHING = np.uint32(2 ** 32 - 1)        # a signature's value before it has one, and that of a document without words
-BATCH = 1 << 20              # characters whose n-grams are hashed at once
+LOWER_HALF = np.uint64(2 ** 32 - 1)
+BATCH = 1 << 19              # characters whose n-grams are hashed at once
 PAIRS = 1 << 14              # candidates verified at once
 ROUNDS = 1000                # members of one bucket that are compared with all later ones; the cost is the product
 POSITIONS = 256              # letters of a word that have a factor of their own in its hash
 OTHER_SIGNS = re.compile(r"[^\x00-\x7f\w]")
-ONLY_WORDS = bytes(ord(chr(b).lower()) if chr(b).isalnum() or b > 127 else 32 for b in range(128)) + bytes(
+ONLY_WORDS = bytes(ord(chr(b).lower()) if chr(b).isalnum() else 32 for b in range(128)) + bytes(
     range(128, 256))
-BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
+BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 # --- exact ---
@@ -74,8 +75,21 @@ def word_hashes(texts):
     A word is a run of letters and digits; where a script has no spaces, in Chinese and Japanese, each sign is one.
     """
     parts = [only_words(text) for text in texts]
-    letters = np.frombuffer(b" ".join([*parts, b"    "]), np.uint8)
+    letters, at, hashes, starts = b" ".join([*parts, b""]), 0, [], []
+    while at < len(letters):                                # in blocks, for memory's sake, that end after a word
+        end = letters.find(b" ", at + BATCH) + 1 or len(letters)
+        of_block, start = hashes_of_words(np.frombuffer(letters, np.uint8, end - at, at))
+        hashes.append(of_block)
+        starts.append(start + at)
+        at = end
+    if not hashes:
+        return np.empty(0, np.uint64), np.zeros(len(texts) + 1, np.int64)
     begins = np.cumsum([0] + [len(part) + 1 for part in parts])
+    return np.concatenate(hashes), np.searchsorted(np.concatenate(starts), begins)
+
+
+def hashes_of_words(letters):
+    """The words' hashes, and where each begins, in letters (uint8) between spaces: sums of a factor a letter a place."""
     inside = letters != 32
     sign = (letters >= 0xE3) & (letters <= 0xE9)            # first byte of three of U+3000 to U+9FFF
     first = inside.copy()
@@ -83,13 +97,14 @@ def word_hashes(texts):
     first[3:] |= sign[:-3] & inside[3:]
     starts = np.flatnonzero(first)
     if not len(starts):
-        return np.empty(0, np.uint64), np.zeros(len(texts) + 1, np.int64)
-    letters = letters[starts[0]:]
-    place = np.arange(len(letters)) - np.repeat(starts - starts[0], np.diff(starts, append=starts[0] + len(letters)))
+        return np.empty(0, np.uint64), starts
     values = random_numbers(256, 1).copy()
     values[32] = 0                                          # the spaces after a word
-    terms = values[letters] * random_numbers(POSITIONS, 2)[place % POSITIONS]
-    return np.add.reduceat(terms, starts - starts[0]), np.searchsorted(starts, begins)
+    letters = letters[starts[0]:]
+    place = np.arange(len(letters)) - np.repeat(starts - starts[0], np.diff(starts, append=starts[0] + len(letters)))
+    terms = values[letters]
+    terms *= random_numbers(POSITIONS, 2)[place % POSITIONS]
+    return np.add.reduceat(terms, starts - starts[0]), starts
 
 
 def ngram_hashes(texts, ngram=NGRAM):
@@ -133,24 +148,34 @@ def signatures(texts, ngram=NGRAM, permutations=PERMUTATIONS, seed=0):
     empty. A document of more than P ln P n-grams needs about one round: work falls from S P to S + P ln P.
     A document without words has NOTHING everywhere.
     """
+    if not 0 < permutations <= 2 ** 16 or ngram < 1:
+        raise ValueError(f"a signature has from 1 to 65,536 permutations of n-grams of 1 word or more, not {permutations} "
+                         f"of {ngram}")
     rows = np.full((len(texts), permutations), NOTHING)
+    places_of_rows = rows.reshape(-1)
     for begin, end in batches(texts):
         hashes, offsets = ngram_hashes(texts[begin:end], ngram)
         hashes ^= random_numbers(seed + 1, 4)[seed]
+        open_rows = begin + np.flatnonzero(np.diff(offsets))
         owner = np.repeat(np.arange(begin, end), np.diff(offsets))
         for t in range(2 * permutations):
             # round t: the upper half of a hash is the value, the lower half the place
             h = mix(hashes + random_numbers(2 * permutations, 5)[t])
             values = np.minimum((h >> np.uint64(32)).astype(np.uint32), NOTHING - np.uint32(1))
-            places = (h & np.uint64(2 ** 32 - 1)) * np.uint64(permutations) >> np.uint64(32)
-            places = np.full(len(h), t - permutations) if t >= permutations else places.astype(np.int64)
+            places = (((h & LOWER_HALF) * np.uint64(permutations)) >> np.uint64(32)).view(np.int64)
+            places = owner * permutations + (places if t < permutations else t - permutations)
             # what earlier rounds filled stays
-            free = rows[owner, places] == NOTHING
-            np.minimum.at(rows.reshape(-1), (owner * permutations + places)[free], values[free])
-            # on with the n-grams of documents that still have empty places
-            short = (rows[begin:end] == NOTHING).any(1)
-            if not short[owner - begin].all():
-                hashes, owner = hashes[short[owner - begin]], owner[short[owner - begin]]
+            if t:
+                free = places_of_rows[places] == NOTHING
+                places, values = places[free], values[free]
+            np.minimum.at(places_of_rows, places, values)
+            # on with the documents that still have empty places
+            full = (rows[open_rows] != NOTHING).all(1)
+            if full.any():
+                closed = np.zeros(end - begin, bool)
+                closed[open_rows[full] - begin] = True
+                going = ~closed[owner - begin]
+                hashes, owner, open_rows = hashes[going], owner[going], open_rows[~full]
             if not len(hashes):
                 break
     return rows
