@@ -73,6 +73,10 @@ def size_of(text):
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
+def json_line(document):
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 def merged(document, columns):
     """The document with these columns too; a column of the input that has the same name becomes row_NAME."""
     moved = {f"row_{name}" if name in columns else name: value for name, value in document.items()}
@@ -82,13 +86,14 @@ def merged(document, columns):
 # --- pass 1 ---
 
 def wash(settings, item):
-    """The chunk's documents that clean steps, filters, questions and scores let through, with what pass 2 and the search
-    for duplicates need of them.
+    """The chunk's documents that steps, filters, questions and scores let through, with what pass 2 and the search for
+    duplicates need of them.
 
     Returns {"number", "lines": JSON lines (bytes), "facts", "examples", "arrays": {
         "ends" (D,) bytes up to each document's end in lines, "sizes" (D,) bytes of text as it came in,
-        "lengths" (D,) characters, "hashes" (D,) uint64, "signatures" (D, P) uint32 or simhashes (D,) uint64, "line_hashes" (L,) uint64, the
-        distinct ones of each document, "line_counts" (D,), and a column (D,) for every score, NaN where there is none}}.
+        "lengths" (D,) characters, "hashes" (D,) uint64, "signatures" (D, P) uint32 or simhashes (D,) uint64,
+        "line_hashes" (L,) uint64, the distinct ones of each document, "line_counts" (D,), and a column (D,) for every
+        score, NaN where there is none}}.
     """
     number, documents = item
     tally, steps = Tally(), cleaners.parse_steps(settings["steps"])
@@ -129,7 +134,7 @@ def wash(settings, item):
             tally.reject(document, why, document["text"], size)
     kept = [entry for entry, why in zip(kept, reasons) if not why]
 
-    encoded = [json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for document, _ in kept]
+    encoded = [json_line(document) for document, _ in kept]
     arrays = {"ends": np.cumsum([len(line) for line in encoded], dtype=np.int64),
               "sizes": np.array([size for _, size in kept], np.int64),
               **fingerprints([document["text"] for document, _ in kept], settings),
@@ -187,7 +192,7 @@ def finish(settings, item):
             tally.count(document, "out", size_of(document["text"]))
     tally.measure("out", "characters", report.LENGTH_EDGES, [len(document["text"]) for document in written])
     tally.measure_all("out", written, scored.names)
-    encoded = b"".join(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for document in written)
+    encoded = b"".join(map(json_line, written))
     return {"number": number, "documents": gzip.compress(encoded, 6, mtime=0) if written else b"",
             "facts": tally.facts, "examples": tally.examples}
 

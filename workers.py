@@ -1,7 +1,7 @@
 """A pure function over many items, on every core of this machine or on a Ray cluster: the same results, in order.
 
     for result in run(function, items): ...                                     # all cores
-    for result in run(function, items, "ray", address="10.0.0.1:6379"): ...     # Ray Data on a cluster that runs
+    for result in run(function, items, "ray", address="10.0.0.1:6379"): ...     # Ray Data, a cluster that runs
 
 `function` is a module's own function, or a functools.partial of one, and its argument and result can be pickled. Items
 are taken as they are needed, so a stream of any length takes the memory of a few of them. A result depends on its item
@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -61,7 +62,7 @@ def cores():
 
 
 def outcome(function, item):
-    """(function(item), None), or (None, the sentence of its ValueError): a sentence travels where a traceback may not."""
+    """(function(item), None), or (None, the sentence of its ValueError): a sentence travels well between processes."""
     try:
         return function(item), None
     except ValueError as error:
@@ -90,9 +91,9 @@ def in_processes(function, items, workers):
             except BrokenProcessPool:                   # all that ran is lost with the one that died: again, from here
                 deaths += 1
                 if deaths == ATTEMPTS:
-                    raise ValueError(f"a worker process died {deaths} times over the same work, most likely for want of "
-                                     f"memory; run again with fewer than --workers={workers}: finished work is kept"
-                                     ) from None
+                    raise ValueError(f"a worker process died {deaths} times over the same work, most likely for want "
+                                     f"of memory; run again with fewer than --workers={workers}: finished work is "
+                                     "kept") from None
                 pool.shutdown(wait=True, cancel_futures=True)
                 pool = None
                 futures.clear()
@@ -122,6 +123,13 @@ def on_ray(function, items, workers, address):
     except ImportError:
         raise ValueError("engine is ray, which is not installed; pip install -r requirements-clean.txt and "
                          "\"ray[data]\" as it says there, or use --engine=processes") from None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():                                             # Ray itself would try for two minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"nothing answers at {address} ({error}); look for the cluster's address with ray status, "
+                             "or leave --address out to start one here") from None
     with tempfile.TemporaryDirectory() as code:
         for path in glob.glob(os.path.join(HERE, "*.py")):                  # what every worker imports
             shutil.copy(path, code)
@@ -130,8 +138,8 @@ def on_ray(function, items, workers, address):
                      log_to_driver=False, logging_level="ERROR",
                      runtime_env={"working_dir": code, "env_vars": {"OMP_NUM_THREADS": "1"}})
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"Ray does not start at {address or 'this machine'} ({str(error).splitlines()[0]}); check "
-                             "the address with ray status") from None
+            raise ValueError(f"Ray does not start at {address or 'this machine'} ({str(error).splitlines()[0]})"
+                             ) from None
         try:
             context = ray.data.DataContext.get_current()
             context.execution_options.preserve_order = True

