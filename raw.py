@@ -33,7 +33,8 @@ BOMB = 200                          # no text shrinks so far: a file that grows 
 BOMB_BYTES = 1 << 26                # once it has given this much
 BINARY = 0.01                       # share of control characters above which bytes are no text
 CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
-WESTERN = 0.05                      # share of bytes above 127 up to which they are taken for accents of cp1252
+WESTERN = 0.05                      # share of bytes above 127 up to which they are taken for accents of cp1252,
+WESTERN_SHORT, SHORT = 0.2, 500     # and in so few bytes, of which no statistics tell more
 BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"))
 DECLARED = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?([\w-]+)", re.I)
@@ -72,12 +73,12 @@ def records(blocks, separator, limit):
                 yield None if too_long or len(part) > limit else part
                 too_long = False
             pending = bytearray(parts[-1])
-        if len(pending) > limit:
+        if len(pending) > limit + max(0, overlap):
             too_long = True
             del pending[:len(pending) - max(0, overlap)]
         searched = len(pending)
     if too_long or pending:
-        yield None if too_long else bytes(pending)
+        yield None if too_long or len(pending) > limit else bytes(pending)
 
 
 def wide_encoding(head):
@@ -118,7 +119,7 @@ def decode(data):
         return data.decode("utf-8", "cp1252_bytes"), "mixed encodings"
     declared = DECLARED.search(data[:2048])
     names = [declared[1].decode()] if declared else []
-    if high > WESTERN * len(data) and not names:
+    if high > (WESTERN if len(data) > SHORT else WESTERN_SHORT) * len(data) and not names:
         from charset_normalizer import from_bytes
         best = from_bytes(data[:1 << 14]).best()
         names += [best.encoding] if best else []
@@ -262,7 +263,7 @@ class RawSource:
         try:
             packed = packing(path)
             file = PACKED[packed](file) if packed else file
-            read = getattr(file, "read1", file.read) if packed != ".zst" else lambda n: file.read(n)
+            read = getattr(file, "read1", file.read)            # read() would lose what came before an error
             while block := read(BLOCK):
                 size += len(block)
                 if size > BOMB_BYTES and size > BOMB * position():

@@ -12,7 +12,7 @@ facts holds plain JSON; all but sources may be absent:
                  as raw.py counted the last three; bytes are of text, as it came in and as it was written
     histograms   {what: {"edges": [n + 1 numbers], "in": [n], "out": [n]}}; histogram() counts, and counts add up
     duplicates   {what: number}, as in {"exact duplicates": 5, "clusters of near duplicates": 2}
-    questions    {evaluation file: {"questions", "found", "documents": numbers}}: decontamination
+    questions    {evaluation file: {"questions": that it holds, "documents": that held one}}
     examples     [{"rule", "source", "id", "text"}]: some rejected documents
     options      {name: value};  seconds: of the run
 """
@@ -29,11 +29,13 @@ COLOURS = ("#2f6fb3", "#e08a2c", "#4a9d5b", "#c0504d", "#8064a2", "#8a6d4f", "#d
 CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } small, .faint { color: #666 }
-table { border-collapse: collapse; margin: .6em 0 } td, th { padding: .2em .7em; text-align: right; vertical-align: top }
+table { border-collapse: collapse; margin: .6em 0 }
+td, th { padding: .2em .7em; text-align: right; vertical-align: top }
 th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left; overflow-wrap: anywhere }
-tr:hover td { background: #f2f4f7 } td.bar { min-width: 14em; text-align: left } svg { display: block; max-width: 100% }
-.bar div { height: .8em; background: #2f6fb3 } .warning { background: #ffe9c7; padding: .5em .8em }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .7em; max-height: 16em; overflow: auto }
+tr:hover td { background: #f2f4f7 } svg { display: block; max-width: 100% }
+.bar { width: 14em } .bar div { height: 1em; background: #2f6fb3 } .warning { background: #ffe9c7; padding: .5em .8em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .7em }
+pre { max-height: 16em; overflow: auto }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5em } figure { margin: 0 } figcaption { font-weight: 600 }
 """
 
@@ -66,8 +68,10 @@ def totals(facts):
 
 def missing(facts):
     """{source: documents that came in, and neither out nor under a rule}; something is wrong unless it is empty."""
-    lost = {name: source["documents_in"] - source["documents_out"] - sum(n for n, _ in source.get("rejected", {}).values())
-            for name, source in facts["sources"].items()}
+    lost = {}
+    for name, source in facts["sources"].items():
+        rejected = sum(documents for documents, _ in source.get("rejected", {}).values())
+        lost[name] = source["documents_in"] - source["documents_out"] - rejected
     return {name: number for name, number in lost.items() if number}
 
 
@@ -100,8 +104,7 @@ def summary(facts):
     for reason, number in most_first(total["mended"]):
         lines.append(f"  {number:>9,}             mended: {reason}")
     for name, file in facts.get("questions", {}).items():
-        lines.append(f"  {file['found']:,} of {file['questions']:,} questions of {name} stood in "
-                     f"{file['documents']:,} documents")
+        lines.append(f"  {file['documents']:>9,}             held one of the {file['questions']:,} questions of {name}")
     if total["documents_in"] and not total["documents_out"]:
         rule, (number, _) = most_first(total["rejected"])[0] if total["rejected"] else ("?", (0, 0))
         lines.append(f"nothing is left: {rule!r} alone rejected {number:,}; loosen or leave out that rule")
@@ -114,13 +117,12 @@ def summary(facts):
 def table(head, rows):
     """HTML of a table; cells are text, or (HTML,) as it stands."""
     def cells(row, tag):
-        return "".join(f'<{tag} class="bar">{cell[0]}</{tag}>' if isinstance(cell, tuple) else
-                       f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+        return "".join(f"<{tag}>{cell[0] if isinstance(cell, tuple) else html.escape(str(cell))}</{tag}>" for cell in row)
     return f"<table><tr>{cells(head, 'th')}</tr>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</table>"
 
 
 def bar(part, whole):
-    return (f'<div style="width:{100 * part / whole if whole else 0:.2f}%"></div>',)
+    return (f'<div class="bar"><div style="width:{100 * part / whole if whole else 0:.2f}%"></div></div>',)
 
 
 def number_text(value):
@@ -177,17 +179,12 @@ def page(facts):
           size(s["bytes_in"]), size(s["bytes_out"]), share(s["bytes_out"], s["bytes_in"])]
          for name, s in sources.items()]))
     if len(sources) > 1:
-        whole = total["bytes_out"]
         body.append("<h2>Mixture, by bytes</h2>" + mixture_svg(
-            [("in", {name: s["bytes_in"] for name, s in sources.items()}),
-             ("out", {name: s["bytes_out"] for name, s in sources.items()})]))
-        body.append(table(["", "share in", "share out"],
-                          [[f"■ {name}", share(s["bytes_in"], total["bytes_in"]), share(s["bytes_out"], whole)]
-                           for name, s in sources.items()]))
-        for i, name in enumerate(sources):
-            label = html.escape(f"■ {name}")
-            square = f'<span style="color:{COLOURS[i % len(COLOURS)]}">■</span> {html.escape(name)}'
-            body[-1] = body[-1].replace(f"<td>{label}</td>", f"<td>{square}</td>")
+            [(way, {name: s[f"bytes_{way}"] for name, s in sources.items()}) for way in ("in", "out")]))
+        body.append(table(["", "share in", "share out"], [
+            [(f'<span style="color:{COLOURS[i % len(COLOURS)]}">■</span> {html.escape(name)}',),
+             share(s["bytes_in"], total["bytes_in"]), share(s["bytes_out"], total["bytes_out"])]
+            for i, (name, s) in enumerate(sources.items())]))
 
     if total["rejected"]:
         most = max(documents for documents, _ in total["rejected"].values())
@@ -212,8 +209,8 @@ def page(facts):
                                                              facts["duplicates"].items()]))
     if facts.get("questions"):
         body.append("<h2>Evaluation questions found in the text</h2>" + table(
-            ["file", "questions", "found", "documents"],
-            [[name, *(f"{f[key]:,}" for key in ("questions", "found", "documents"))]
+            ["file", "questions", "documents that held one"],
+            [[name, *(f"{f[key]:,}" for key in ("questions", "documents"))]
              for name, f in facts["questions"].items()]))
     if facts.get("histograms"):
         body.append(f'<h2>Histograms</h2><p><span style="color:{IN}">■</span> in '
