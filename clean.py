@@ -34,7 +34,7 @@ import numpy as np
 import chain
 import raw
 import report
-from cleaners import STEPS, parse_steps
+from cleaners import NEEDS, library, parse_steps
 from configurator import configure, read_options
 from contamination import Contamination
 from filters import parse_filters
@@ -95,7 +95,6 @@ quality_documents = 100_000   # of each at most
 
 UNFINISHED = ".unfinished"
 OF_THE_RUN = {"out_dir", "overwrite", "show_rejected", "engine", "workers", "address"}    # they change no document
-PROBE = "<html><body><p>schÃ¶n</p></body></html>"       # something to do for every step
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -177,7 +176,8 @@ def checked(config):
         raise ValueError(f"distance is {config['distance']}; it must be from 0 to 15 of SimHash's 64 bits")
     parse_filters(config["filters"])
     for name in parse_steps(config["steps"]):
-        STEPS[name](PROBE)                              # is its library there?
+        for needed in NEEDS.get(name, ()):
+            library(needed)
     for name in ("perplexity_model", "quality_model"):
         settings[name] = config[name] and os.path.abspath(config[name])     # workers stand elsewhere
     columns = [chain.SCORES[name][0] for name in Scorers(config["scores"], settings).names]
@@ -230,8 +230,8 @@ def clean_text(config):
     publish(parts, out_dir, facts | {"seconds": round(time.perf_counter() - started, 1)})
     print(report.summary(facts))
     seconds = time.perf_counter() - started
-    print(f"{total['bytes_in'] / 1e6:,.1f} MB in {seconds:.1f} s, {total['bytes_in'] / 1e6 / seconds:.1f} MB/s; report: "
-          f"{out_dir}/report.html; next: python data.py --sources={out_dir}/documents")
+    print(f"{total['bytes_in'] / 1e6:,.1f} MB in {seconds:.1f} s, {total['bytes_in'] / 1e6 / seconds:.1f} MB/s; "
+          f"report: {out_dir}/report.html; next: python data.py --sources={out_dir}/documents")
 
 
 def gathered(parts, n_parts, settings, corpus, passes):
