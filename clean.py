@@ -34,12 +34,12 @@ import numpy as np
 import chain
 import raw
 import report
-from cleaners import NEEDS, library, parse_steps
+import scorers
+from cleaners import parse_steps
 from configurator import configure, read_options
 from contamination import Contamination
 from filters import parse_filters
 from parts import Parts, bands_and_rows, decide
-from scorers import Scorers
 from workers import ENGINES, run
 
 # --- run ---
@@ -165,6 +165,8 @@ def checked(config):
                         ("permutations", 1), ("rows", 0), ("show_rejected", 0), ("workers", 0)):
         if config[name] < least:
             raise ValueError(f"{name} is {config[name]}; it must be {least} or more")
+    if config["address"] and config["engine"] != "ray":
+        raise ValueError(f"address is {config['address']!r}, but a cluster is joined with --engine=ray")
     if config["repeated_lines"] < 0 or config["repeated_lines"] == 1:
         raise ValueError(f"repeated_lines is {config['repeated_lines']}; it is a number of documents: 0, or 2 or more")
     if config["near_duplicates"] == "minhash":
@@ -175,12 +177,10 @@ def checked(config):
     if config["near_duplicates"] == "simhash" and not 0 <= config["distance"] < 16:
         raise ValueError(f"distance is {config['distance']}; it must be from 0 to 15 of SimHash's 64 bits")
     parse_filters(config["filters"])
-    for name in parse_steps(config["steps"]):
-        for needed in NEEDS.get(name, ()):
-            library(needed)
+    parse_steps(config["steps"])
     for name in ("perplexity_model", "quality_model"):
         settings[name] = config[name] and os.path.abspath(config[name])     # workers stand elsewhere
-    columns = [chain.SCORES[name][0] for name in Scorers(config["scores"], settings).names]
+    columns = [chain.SCORES[name][0] for name in scorers.Scorers(config["scores"], settings).names]
     if config["best_by"] not in ("length", "first", *columns):
         raise ValueError(f"best_by is {config['best_by']!r}; it must be length, first or a score that is taken: "
                          f"{', '.join(columns) or 'none is, see --scores'}")
@@ -222,7 +222,7 @@ def clean_text(config):
             print(f"--- {rule}: {example['id']}\n{printable(example['text'][:400])}\n")
     total = report.totals(facts)
     if not total["documents_out"]:
-        shutil.rmtree(parts.folder)
+        parts.remove()
         with contextlib.suppress(OSError):
             os.rmdir(out_dir)                                   # only if it is empty
         raise ValueError(nothing_left(total, config))
@@ -280,7 +280,7 @@ def publish(parts, out_dir, facts):
         shutil.rmtree(documents, ignore_errors=True)
         os.replace(parts.path("documents"), documents)
     report.write(out_dir, facts)
-    shutil.rmtree(parts.folder)
+    parts.remove()
 
 
 def printable(text):
@@ -317,9 +317,8 @@ def main(config):
         if section != "run" and config["kind"] not in section.split() and config[name] != default:
             raise ValueError(f"{name} is an option of {section}, and kind is {config['kind']}")
     if config["train_quality"]:
-        from scorers import train_quality
-        facts = train_quality(config["good"], config["bad"], config["out_dir"], config["text_column"],
-                              config["quality_documents"], config["score_characters"], config["overwrite"])
+        facts = scorers.train_quality(config["good"], config["bad"], config["out_dir"], config["text_column"],
+                                      config["quality_documents"], config["score_characters"], config["overwrite"])
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     elif config["kind"] == "text":
         clean_text(config)

@@ -7,6 +7,7 @@ Decisions are functions of all parts in their order, made once, on one machine, 
 
 Letters: N documents that pass 1 kept, P values of a signature.
 """
+import contextlib
 import io
 import itertools
 import json
@@ -35,8 +36,14 @@ class Parts:
                 raise ValueError(f"{folder} holds an unfinished run with other {said}; repeat it as it was to go on, "
                                  "or pass --overwrite=true to start anew")
             if differ:
-                shutil.rmtree(folder)
+                self.remove()
         self.write("options.json", identity)
+
+    def remove(self):
+        """Takes the options away first: without them what a kill leaves here is of no run."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path("options.json"))
+        shutil.rmtree(self.folder)
 
     def path(self, name):
         return os.path.join(self.folder, name)
