@@ -28,6 +28,8 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
                    "results", "sandbox", "tasks", "tokenizer"},
          "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
+         "examples": {"common", "dedup", "formats", "judge", "likelihood", "model", "pairs", "preferences", "report",
+                      "tokenizer"},
          "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
 STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
