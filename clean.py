@@ -93,6 +93,25 @@ good = ""                     # sources of documents like those that should stay
 bad = ""                      # sources of documents like those that should go
 quality_documents = 100_000   # of each at most
 
+# --- answers of chats and pairs ---
+min_answer = 1                # characters of the shortest answer that stays
+max_answer = 20_000           # of the longest; 0 keeps all
+max_repetition = 0.4          # highest share of an answer's 4-grams of words that stood in it before; 0 keeps all
+refusals = "drop"             # answers that begin by declining, in English: drop or keep
+similar_by = "conversation"   # near-duplicates go by the whole conversation, by the question, or none
+similar_threshold = 0.8       # Jaccard similarity of 3-grams of words from which two are near-duplicates
+judge = "none"                # ifd (chats), reward, endpoint or none: scores what is left
+judge_model = ""              # of ifd a language model's directory, of reward a reward model's, of endpoint its name
+judge_url = ""                # of an OpenAI-compatible endpoint, as in http://localhost:8000/v1
+judge_key_env = ""            # environment variable that holds its key; empty sends none
+judge_parallel = 8            # requests at a time
+judge_device = "cpu"          # of ifd and reward: auto, cuda, mps or cpu
+keep_fraction = 1.0           # share of what is left that stays, those with the highest score
+# --- preferences in pairs ---
+min_margin = 0.0              # least difference of scores, where a row has them; 0 drops contradictions
+min_agreement = 0.0           # least share of annotators who agreed, where a row has it
+max_length_ratio = 0.0        # of the longer answer to the shorter; 0 keeps all
+
 UNFINISHED = ".unfinished"
 OF_THE_RUN = {"out_dir", "overwrite", "show_rejected", "engine", "workers", "address"}    # they change no document
 
@@ -322,6 +341,9 @@ def main(config):
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     elif config["kind"] == "text":
         clean_text(config)
+    else:
+        import examples  # not at the top: what it needs of chats and pairs, text does not
+        examples.run(config)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": se
          "workers": set(), "chain": {"cleaners", "dedup", "filters", "report", "scorers"},
          "parts": {"common", "dedup", "scorers"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
+         "examples": {"common", "dedup", "formats", "judge", "likelihood", "model", "pairs", "preferences", "report",
+                      "tokenizer"},
          "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"}}
 STAGES = {"clean", "pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
