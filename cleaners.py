@@ -13,20 +13,25 @@ import re
 import unicodedata
 
 DEFAULT_STEPS = "mojibake,html,unicode,whitespace"
+NEEDS = {"mojibake": ("ftfy",), "html": ("trafilatura", "selectolax.lexbor"), "wiki": ("mwparserfromhell",)}
 SURROGATES = re.compile("[\ud800-\udfff]+")
 LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069"
                        "\ufeff\ufff9-\ufffb]")         # not U+200C and U+200D, which Persian, Hindi and emoji need
 SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-TRAILING, INNER, BLANK_LINES = re.compile(r"[ \t]+$", re.M), re.compile(r"(?<=\S) {3,}(?=\S)"), re.compile(r"\n{4,}")
+TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.M)
+INNER, BLANK_LINES = re.compile(r"(?<=\S) {3,}(?=\S)"), re.compile(r"\n{4,}")
 
 
 def parse_steps(names):
-    """["mojibake", ...] of "mojibake,..."; ValueError for one that there is not."""
+    """["mojibake", ...] of "mojibake,..."; ValueError for one that there is not, or whose library is missing."""
     steps = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in steps if name not in STEPS]
     if unknown:
         raise ValueError(f"there is no cleaning step {unknown[0]!r}; those are {', '.join(STEPS)}")
+    for name in steps:
+        for module in NEEDS.get(name, ()):
+            library(module)
     return steps
 
 
@@ -73,7 +78,7 @@ def mojibake(text):
     ftfy = library("ftfy")
     if not ftfy.badness.is_bad(text):
         return text
-    return "".join(line if line.isascii() else ftfy.fix_encoding(line) for line in text.splitlines(keepends=True))
+    return "\n".join(line if line.isascii() else ftfy.fix_encoding(line) for line in text.split("\n"))
 
 
 def unicode(text):
@@ -93,7 +98,7 @@ def whitespace(text):
 
 # --- markup ---
 
-PAGE = re.compile(r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
+PAGE = re.compile(r"(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
 TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|main|"
                  r"meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|ul)\b[^<>]*>", re.I)
 BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)", re.I)
@@ -109,7 +114,11 @@ def html(text):
     if not start.startswith("<"):
         return text
     if PAGE.match(start):
-        main = library("trafilatura").extract(start, include_comments=False, include_tables=True)
+        extract = library("trafilatura").extract
+        try:
+            main = extract(start, include_comments=False, include_tables=True)
+        except Exception:               # no page of a crawl may end the run, and the text is still there
+            main = None
         return main or fragment(start)
     tags = TAG.findall(start) if TAG.match(start) else []
     return fragment(start) if sum(map(len, tags)) > TAG_SHARE * len(start) else text
@@ -123,4 +132,157 @@ def fragment(text):
     return "\n".join(filter(None, map(str.strip, body.split("\n")))) or None
 
 
-STEPS = {"mojibake": mojibake, "html": html, "unicode": unicode, "whitespace": whitespace}
+WIKI_MARKS = (re.compile(r"\[\[[^\[\]\n]+\]\]"), re.compile(r"\{\{[^{}]+\}\}"), re.compile(r"'{2,3}[^'\n]+'{2,3}"),
+              re.compile(r"^(={2,6})[^=\n]+\1\s*$", re.M), re.compile(r"^\{\|", re.M))
+WIKI_MEDIA = re.compile(r"\s*(file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|categoría)\s*:", re.I)
+
+
+def wiki(text):
+    """MediaWiki's markup stripped (mwparserfromhell): what links and headings say stays; templates, tables, references,
+    media and categories go; None for a redirect. Text with fewer than two kinds of the markup is left alone."""
+    if text[:20].lstrip().lower().startswith("#redirect"):
+        return None
+    if sum(bool(mark.search(text)) for mark in WIKI_MARKS) < 2:
+        return text
+    try:
+        page = library("mwparserfromhell").parse(text)
+    except RecursionError:
+        return text
+    unwanted = page.filter_templates(recursive=False) + page.filter_comments()
+    unwanted += page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in ("ref", "table", "gallery", "math"))
+    unwanted += page.filter_wikilinks(matches=lambda node: WIKI_MEDIA.match(str(node.title)))
+    for node in unwanted:
+        try:
+            page.remove(node)
+        except ValueError:              # it went with the node that holds it
+            pass
+    return page.strip_code(normalize=True, collapse=True)
+
+
+# LaTeX: no kept library strips it and leaves formulas as they are
+LATEX = re.compile(r"\\(?:documentclass|usepackage|begin|end|(?:sub)*section|chapter|paragraph|cite[pt]?|label|ref|item)\b")
+MATH = re.compile(r"\\begin\{(equation|align|gather|multline|eqnarray|displaymath|math)(\*?)\}.*?\\end\{\1\2\}|"
+                  r"\\\[.*?\\\]|\\\(.*?\\\)|(?<!\\)\$\$.*?\$\$|(?<!\\)\$[^$\n]{1,500}(?<!\\)\$", re.S)
+LATEX_FLOATS = re.compile(r"\\begin\{(figure|table|tabular|tikzpicture|thebibliography|filecontents|CCSXML)(\*?)\}.*?"
+                          r"\\end\{\1\2\}", re.S)
+LATEX_DROPPED = re.compile(
+    r"[~ ]?\\(?:label|(?:eq|page|auto|c|C)?ref|[Cc]ite\w*|nocite|bibliography(?:style)?|includegraphics|input|include|"
+    r"usepackage|documentclass|(?:re)?newcommand|def|vspace|hspace|setlength|setcounter|addtocounter|pagestyle|"
+    r"thispagestyle|footnote|thanks|date|author|affiliation|email|index|hypersetup)\*?(?:\s*\[[^\[\]]*\])*"
+    r"(?:\\?\w*)(?:\{(?:[^{}]|\{[^{}]*\})*\})+")
+LATEX_HEADING = re.compile(r"\s*\\(?:title|part|chapter|(?:sub)*section|(?:sub)?paragraph)\*?(?:\[[^\[\]]*\])?"
+                           r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*")
+LATEX_ACCENT = re.compile(r"\\(?:([\'`^\"~=.])\s*|([cvuHrkb])(?:\s+|(?=\{)))\{?\\?([A-Za-z])\}?")
+ACCENTS = dict(zip("'`^\"~=.cvuHrkb", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0327\u030c\u0306\u030b\u030a\u0328\u0331"))
+LATEX_SIGNS = {"ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å", "l": "ł",
+               "L": "Ł", "i": "i", "ldots": "…", "dots": "…", "LaTeX": "LaTeX", "TeX": "TeX", "S": "§", "textbackslash": "\\"}
+
+
+def latex(text):
+    """LaTeX stripped to its text: headings and formulas stay (formulas as they are written); preamble, comments, floats,
+    bibliography, citations and footnotes go; other commands leave their last argument. Text with fewer than two of the
+    usual commands is left alone."""
+    if len(LATEX.findall(text)) < 2:
+        return text
+    formulas = []
+
+    def hide(match):
+        formulas.append(match[0])
+        return f"\ue000{len(formulas) - 1}\ue001"
+
+    text = re.sub(r"^[ \t]*%.*\n?|(?<!\\)%.*", "", text.replace("\ue000", ""), flags=re.M)
+    preamble, _, body = text.partition(r"\begin{document}")
+    if body:
+        title = re.search(r"\\title\*?\{(?:[^{}]|\{[^{}]*\})*\}", preamble)
+        text = (title[0] if title else "") + body.partition(r"\end{document}")[0]
+    text = LATEX_FLOATS.sub("", MATH.sub(hide, text))
+    text = LATEX_HEADING.sub(r"\n\n\1\n\n", LATEX_DROPPED.sub("", text))
+    text = LATEX_ACCENT.sub(lambda m: unicodedata.normalize("NFC", m[3] + ACCENTS[m[1] or m[2]]), text)
+    text = re.sub(r"\\href\{[^{}]*\}", "", text)
+    text = re.sub(r"\\(?:begin|end)\{[^{}]*\}(?:\[[^\[\]]*\]|\{[^{}]*\})*|\\bibitem", "", text)
+    text = re.sub(r"[ \t]*\\item\b[ \t]*", "- ", text)
+    for _ in range(20):                 # from the inside out, as deep as anyone writes
+        text, changed = re.subn(r"\\[A-Za-z]+\*?(?:\[[^\[\]]*\])*\{([^{}]*)\}", r"\1", text)
+        if not changed:
+            break
+    text = re.sub(r"\\([A-Za-z]+)\*? ?", lambda m: LATEX_SIGNS.get(m[1], ""), re.sub(r"\\\\(?:\[[^\[\]]*\])?", "\n", text))
+    text = re.sub(r"(?<!\\)[{}]", "", text.replace("~", " "))
+    text = re.sub(r"\\([%&$_#{} ])", r"\1", text).replace("---", "—").replace("--", "–").replace("``", "“")
+    text = re.sub(r"\n\s*\n", "\n\n", text.replace("''", "”")).strip()
+    return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], text) or None
+
+
+# --- what is not for a model to learn ---
+
+EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
+IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)")
+CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
+CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[068]|35|6011|64|65|62")     # the networks that issue them
+PHONE = re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}|"
+                   r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4})(?![\w-]|\.\d)")
+
+
+def luhn(digits):
+    """Whether the last of the digits is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    doubled = [int(digit) << (place % 2) for place, digit in enumerate(reversed(digits))]
+    return sum(number - 9 * (number > 9) for number in doubled) % 10 == 0
+
+
+def pii(text):
+    """E-mail addresses, phone numbers, public IP addresses and card numbers as [EMAIL], [PHONE], [IP] and [CARD].
+
+    Card numbers need a known prefix and a right check digit; phone numbers a + or North America's form.
+    """
+    if "@" in text:
+        text = EMAIL.sub("[EMAIL]", text)
+    text = IPV4.sub(mask_ip, text)
+    if "::" in text or text.count(":") >= 7:
+        text = IPV6.sub(mask_ip, text)
+    return PHONE.sub(mask_phone, CARD.sub(mask_card, text))
+
+
+def mask_ip(match):
+    try:
+        return "[IP]" if ipaddress.ip_address(match[0]).is_global else match[0]
+    except ValueError:
+        return match[0]
+
+
+def mask_card(match):
+    digits = re.sub(r"\D", "", match[0])
+    return "[CARD]" if CARD_PREFIX.match(digits) and luhn(digits) else match[0]
+
+
+def mask_phone(match):
+    return "[PHONE]" if 8 <= sum(map(str.isdigit, match[0])) <= 15 else match[0]
+
+
+NOTICE_LENGTH = 200           # characters: a longer line is prose, whatever it mentions
+NOTICE = re.compile(
+    r"accept (?:all )?cookies|(?:uses?|use of) cookies|cookie (?:policy|settings|preferences)|privacy policy|"
+    r"terms (?:of (?:use|service)|and conditions)|all rights reserved|(?:^|\W)(?:©|\(c\)|copyright) *(?:19|20)\d\d|"
+    r"^skip to (?:main )?(?:content|navigation)|^(?:share|tweet|pin|email|print|save|like)(?: (?:this|it|on|via|to|with)\b.*)?$|"
+    r"^(?:share|follow (?:us|me)|find us|like us) (?:on|via) |^(?:log|sign) ?(?:in|up|out)(?: (?:or|to|with|now|here)\b.*)?$|"
+    r"^subscribe(?: (?:to|now|here|today)\b.*)?$|sign up for (?:our|the|a) .{0,40}newsletter|enable javascript|"
+    r"^(?:read|show|load|view|see) (?:more|less|all)\W*$|^(?:click|tap) here\b.{0,60}$|^(?:back to top|leave a (?:reply|comment)|"
+    r"advertisement|sponsored(?: content)?|related (?:posts|articles|stories)|previous(?: post)?|next(?: post)?|"
+    r"(?:no|\d+) comments?|home|menu|search|close|toggle navigation|loading\W*|about us|contact us|sitemap)\W*$", re.I)
+MENU = re.compile(r"[^|»›·•]{1,30}(?:\s*[|»›·•]\s*[^|»›·•]{1,30}){2,}\s*$")
+
+
+def boilerplate(text):
+    """The text without its lines that are a site's and not the page's: notices, share and sign-in links, and menus, which
+    are three and more short items between | » › · or •. For web pages in English; lines that repeat across documents
+    are dedup.py's."""
+    lines = text.split("\n")
+    kept = [line for line in lines if len(line) > NOTICE_LENGTH or not is_boilerplate(line.strip())]
+    return text if len(kept) == len(lines) else "\n".join(kept).strip("\n") or None
+
+
+def is_boilerplate(line):
+    return bool(line) and not line.startswith("|") and bool(NOTICE.search(line) or MENU.match(line))
+
+
+STEPS = {"mojibake": mojibake, "html": html, "latex": latex, "wiki": wiki, "unicode": unicode, "whitespace": whitespace,
+         "boilerplate": boilerplate, "pii": pii}

@@ -46,7 +46,7 @@ C4_LINE_WORDS, C4_WORD_LENGTH = (5, 1000)
 C4_NOTICES = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
               "use cookies")
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-SENTENCE = re.compile(r"[.!?。！？]+[\"'”’)]*(?=\s|$)")
+SENTENCE = re.compile(r"(?<![.!?。！？])[.!?。！？]+[\"'”’)]*(?=\s|$)")
 LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -134,10 +134,12 @@ def basic(text, words, lines):
 def gopher(text, words, lines):
     n, starts = len(words), [line.lstrip()[:1] for line in lines]
     lower = {word.lower().strip(".,;:!?\"'()") for word in set(words)}
-    return {"words": n, "mean word length": share(sum(map(len, words)), n), "hash signs per word": share(text.count("#"), n),
+    return {"words": n, "mean word length": share(sum(map(len, words)), n),
+            "hash signs per word": share(text.count("#"), n),
             "ellipses per word": share(sum(map(text.count, ELLIPSES)), n),
             "lines that begin with a bullet": share(sum(start in BULLETS for start in starts), len(lines)),
-            "lines that end with an ellipsis": share(sum(line.rstrip().endswith(ELLIPSES) for line in lines), len(lines)),
+            "lines that end with an ellipsis":
+                share(sum(line.rstrip().endswith(ELLIPSES) for line in lines), len(lines)),
             "words with a letter": share(sum(map(has_letter, words)), n),
             "stop words": len(STOP_WORDS & lower)}
 
@@ -178,20 +180,21 @@ def ngrams(words):
     total, places, keys, statistics = max(1, ends[-1]), np.arange(len(words)), ids.copy(), {}
     for n in range(2, 11):
         places = places[places <= len(words) - n]
-        keys[places] = (keys[places] ^ (keys[places] >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + ids[places + n - 1]
-        _, first, group, count = np.unique(keys[places], return_index=True, return_inverse=True, return_counts=True)
+        key = keys[places]
+        keys[places] = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + ids[places + n - 1]
+        _, first, group, count = np.unique(keys[places], True, True, True)      # where, which group, how many
         if n <= 4:
             sizes = (ends[places + n] - ends[places])[first] if len(places) else np.zeros(0, int)
-            most = np.where((count == count.max(initial=2)), count * sizes, 0).max(initial=0)
-            statistics[f"characters in the top {n}-gram"] = min(1.0, most / total)
+            most = np.where(count == count.max(initial=2), count * sizes, 0).max(initial=0)
+            statistics[f"characters in the top {n}-gram"] = min(1.0, float(most / total))
         else:
             again = np.ones(len(places), bool)
             again[first] = False
             edges = np.zeros(len(words) + 1, int)
             edges[places[again]] += 1
-            np.subtract.at(edges, places[again] + n, 1)
+            edges[places[again] + n] -= 1
             covered = np.cumsum(edges[:-1]) > 0
-            statistics[f"characters in duplicate {n}-grams"] = np.diff(ends)[covered].sum() / total
+            statistics[f"characters in duplicate {n}-grams"] = float(np.diff(ends)[covered].sum() / total)
         places = places[count[group] > 1]
     return statistics
 
