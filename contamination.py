@@ -70,7 +70,7 @@ class Contamination:
         self.table[self.hashes >> SHIFT] = True
 
     def windows(self, words):
-        """Yields (n, hashes of the n words from each place on) for n from `shortest` to `ngram`; a view of one array."""
+        """Yields (n, hashes of the n words from each place on) for n from `shortest` to `ngram`, views of one array."""
         hashes = np.zeros(len(words), np.uint64)
         for n, factor in enumerate(random_numbers(self.ngram, 7)[:len(words)], start=1):
             hashes[:len(words) - n + 1] += words[n - 1:] * factor

@@ -65,7 +65,7 @@ def speed(name, rounds=3):
     making = statistics.median(seconds["5-grams as bytes"])
     for what, times in seconds.items():
         median = statistics.median(times)
-        note = f"; ours is {median / ours:.1f} times as fast, with the 5-grams {(median + making) / ours:.1f}"
+        note = f"; ours is {median / ours:.1f}x, with the 5-grams {(median + making) / ours:.1f}x"
         print(f"{what:32} {megabytes / median:7.2f} MB/s{note if 'datasketch' in what else ''}")
 
 
