@@ -48,7 +48,8 @@ def speed(name, rounds=3):
 
     def ngrams():
         words = [dedup.only_words(text).split() for text in texts]
-        return [[b" ".join(of[i:i + dedup.NGRAM]) for i in range(max(len(of) - dedup.NGRAM + 1, 1))] for of in words]
+        n = dedup.NGRAM
+        return [[b" ".join(of[i:i + n]) for i in range(max(len(of) - n + 1, 1))] for of in words]
 
     seconds = {"ours, from text to signatures": [], "5-grams as bytes": [], "datasketch, SHA-1": [],
                "datasketch, CRC-32": []}
