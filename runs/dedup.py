@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import dedup  # noqa: E402
 from sources import mix, parse_sources  # noqa: E402
 
-PERMUTATIONS, THRESHOLD = 256, 0.8
+PERMUTATIONS, THRESHOLD = dedup.PERMUTATIONS, 0.8
 
 
 def read(name, n_bytes=8_000_000):
@@ -55,13 +55,13 @@ def speed(name, rounds=3):
                "datasketch, CRC-32": []}
     dedup.signatures(texts[:10])
     for _ in range(int(rounds)):
-        results = [timed(lambda: dedup.signatures(texts, permutations=PERMUTATIONS)), timed(ngrams)]
+        results = [timed(lambda: dedup.signatures(texts)), timed(ngrams)]
         for hashfunc in (None, zlib.crc32):
             results.append(timed(lambda grams=results[1][1], f=hashfunc: MinHash.bulk(
                 grams, num_perm=PERMUTATIONS, hashfunc=f)))
         for times, (took, _) in zip(seconds.values(), results):
             times.append(took)
-    print(f"{len(texts):,} documents, {megabytes:.1f} MB, {PERMUTATIONS} permutations, median of {rounds} rounds in turn")
+    print(f"{len(texts):,} documents, {megabytes:.1f} MB, {PERMUTATIONS} permutations, median of {rounds} in turn")
     ours = statistics.median(seconds["ours, from text to signatures"])
     making = statistics.median(seconds["5-grams as bytes"])
     for what, times in seconds.items():
