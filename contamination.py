@@ -49,7 +49,7 @@ class Contamination:
 
     def __init__(self, files, ngram=13, shortest=5, columns=QUESTIONS):
         if not 1 <= shortest <= ngram:
-            raise ValueError(f"the shortest question looked for must have from 1 to ngram={ngram} words, not {shortest}")
+            raise ValueError(f"the shortest question looked for needs from 1 to ngram={ngram} words, not {shortest}")
         self.ngram, self.shortest = ngram, shortest
         self.files = list(dict.fromkeys(path for name in files for path in sorted(find_files(name))))
         self.questions, self.too_short, hashes, owners = {}, {}, [], []
@@ -70,7 +70,7 @@ class Contamination:
         self.table[self.hashes >> SHIFT] = True
 
     def windows(self, words):
-        """Yields (n, hashes of the n words from each place on) for n from `shortest` to `ngram`; they are overwritten."""
+        """Yields (n, hashes of the n words from each place on) for n from `shortest` to `ngram`, views of one array."""
         hashes = np.zeros(len(words), np.uint64)
         for n, factor in enumerate(random_numbers(self.ngram, 7)[:len(words)], start=1):
             hashes[:len(words) - n + 1] += words[n - 1:] * factor

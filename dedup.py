@@ -27,7 +27,6 @@ LOWER_HALF = np.uint64(2 ** 32 - 1)
 BATCH = 1 << 19              # characters whose n-grams are hashed at once
 PAIRS = 1 << 14              # candidates verified at once
 ROUNDS = 1000                # members of one bucket that are compared with all later ones; the cost is the product
-POSITIONS = 256              # letters of a word that have a factor of their own in its hash
 OTHER_SIGNS = re.compile(r"[^\x00-\x7f\w]")
 ONLY_WORDS = bytes(ord(chr(b).lower()) if chr(b).isalnum() else 32 for b in range(128)) + bytes(
     range(128, 256))
@@ -89,7 +88,7 @@ def word_hashes(texts):
 
 
 def hashes_of_words(letters):
-    """The words' hashes, and where each begins, in letters (uint8) between spaces: sums of a factor a letter a place."""
+    """The words' hashes, sums over letters of a number of the letter times one of its place, and where each begins."""
     inside = letters != 32
     sign = (letters >= 0xE3) & (letters <= 0xE9)            # first byte of three of U+3000 to U+9FFF
     first = inside.copy()
@@ -101,10 +100,10 @@ def hashes_of_words(letters):
     values = random_numbers(256, 1).copy()
     values[32] = 0                                          # the spaces after a word
     letters = letters[starts[0]:]
-    place = np.arange(len(letters)) - np.repeat(starts - starts[0], np.diff(starts, append=starts[0] + len(letters)))
-    terms = values[letters]
-    terms *= random_numbers(POSITIONS, 2)[place % POSITIONS]
-    return np.add.reduceat(terms, starts - starts[0]), starts
+    begin = (starts - starts[0]).astype(np.uint8)           # place in the word modulo 256: the 257th is the first again
+    lengths = np.diff(starts, append=starts[0] + len(letters))
+    place = np.arange(len(letters)).astype(np.uint8) - np.repeat(begin, lengths)
+    return np.add.reduceat(values[letters] * random_numbers(256, 2)[place], starts - starts[0]), starts
 
 
 def ngram_hashes(texts, ngram=NGRAM):
@@ -117,11 +116,13 @@ def ngram_hashes(texts, ngram=NGRAM):
     counts = np.maximum(n_words - ngram + 1, np.minimum(n_words, 1))
     offsets = np.concatenate(([0], np.cumsum(counts)))
     at = np.arange(offsets[-1]) + np.repeat(begins[:-1] - offsets[:-1], counts)
-    missing = np.repeat(np.maximum(ngram - n_words, 0), counts)     # words that a short text lacks
-    words = np.concatenate((words, np.zeros(ngram, np.uint64)))
-    hashes = np.zeros(len(at), np.uint64)
-    for i, factor in enumerate(random_numbers(ngram, 3)):
-        hashes += np.where(i < ngram - missing, words[at + i], np.uint64(0)) * factor
+    factors = random_numbers(ngram, 3)
+    sums = np.zeros(len(words), np.uint64)
+    for i, factor in enumerate(factors[:len(words)]):
+        sums[:len(words) - i] += words[i:] * factor
+    hashes = sums[at]
+    for i in np.flatnonzero((n_words > 0) & (n_words < ngram)):
+        hashes[offsets[i]] = (words[begins[i]:begins[i + 1]] * factors[:n_words[i]]).sum()
     return mix(hashes), offsets
 
 
@@ -149,20 +150,20 @@ def signatures(texts, ngram=NGRAM, permutations=PERMUTATIONS, seed=0):
     A document without words has NOTHING everywhere.
     """
     if not 0 < permutations <= 2 ** 16 or ngram < 1:
-        raise ValueError(f"a signature has from 1 to 65,536 permutations of n-grams of 1 word or more, not {permutations} "
-                         f"of {ngram}")
+        raise ValueError(f"a signature has from 1 to 65,536 permutations of n-grams of 1 word or more, not "
+                         f"{permutations} of {ngram}")
     rows = np.full((len(texts), permutations), NOTHING)
-    places_of_rows = rows.reshape(-1)
+    places_of_rows, factors = rows.reshape(-1), random_numbers(2 * permutations, 5)
     for begin, end in batches(texts):
         hashes, offsets = ngram_hashes(texts[begin:end], ngram)
-        hashes ^= random_numbers(seed + 1, 4)[seed]
+        hashes = mix(hashes + random_numbers(seed + 1, 4)[seed])
         open_rows = begin + np.flatnonzero(np.diff(offsets))
         owner = np.repeat(np.arange(begin, end), np.diff(offsets))
         for t in range(2 * permutations):
             # round t: the upper half of a hash is the value, the lower half the place
-            h = mix(hashes + random_numbers(2 * permutations, 5)[t])
-            values = np.minimum((h >> np.uint64(32)).astype(np.uint32), NOTHING - np.uint32(1))
-            places = (((h & LOWER_HALF) * np.uint64(permutations)) >> np.uint64(32)).view(np.int64)
+            h = hashes * factors[t]
+            values = (h >> np.uint64(32)).astype(np.uint32)
+            places = ((h & LOWER_HALF) * np.uint64(permutations) >> np.uint64(32)).view(np.int64)
             places = owner * permutations + (places if t < permutations else t - permutations)
             # what earlier rounds filled stays
             if t:
@@ -213,7 +214,7 @@ def near_duplicates(signatures, bands, rows, threshold, jaccard=None):
     """
     N, P = signatures.shape
     if bands < 1 or rows < 1 or bands * rows > P:
-        raise ValueError(f"{bands} bands of {rows} rows need {bands * rows} values, and a signature has {P}; lower one, "
+        raise ValueError(f"{bands} bands of {rows} rows need {bands * rows} values, and a signature has {P}; lower one "
                          "or sign the documents with more permutations")
     doubt = 4 * np.sqrt(threshold * (1 - threshold) / P) if jaccard else 0
 

@@ -27,8 +27,9 @@ def write(path, rows):
 def files(tmp_path):
     return [write(tmp_path / "sums.jsonl.gz", [{"question": LONG, "answer": "21"}]),
             write(tmp_path / "planets.jsonl", [{"goal": SHORT}, {"goal": "Boil eggs"}, {"prompt": LONG, "goal": None}]),
-            write(tmp_path / "turns.jsonl", [{"turns": ["Name the nine longest rivers.", "And their lengths please, now."]},
-                                             {"prompt": [{"role": "user", "content": "Say who wrote this play."}]}])]
+            write(tmp_path / "turns.jsonl", [
+                {"turns": ["Name the nine longest rivers.", "And their lengths please, now."]},
+                {"prompt": [{"role": "user", "content": "Say who wrote this play."}]}])]
 
 
 def test_each_file_whose_question_stands_in_a_text_is_named(files):
