@@ -330,7 +330,7 @@ def speed(data, folder):
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
     with open(f"{folder}/speed/report.json", encoding="utf-8") as file:
         size = json.load(file)["total"]["bytes_in"]
-    print(f"one process: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s, {peak:.2f} GiB at most")
+    print(f"one process: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s, {peak:.2f} GiB")
 
 
 # ---- pays ----
