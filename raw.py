@@ -148,6 +148,7 @@ class RawSource:
             self.places[reason].append(place)
 
     def drop(self, reason, place):
+        """None: the document there is left out."""
         self.note(self.dropped, reason, place)
 
     def mend(self, reason, place):
@@ -156,17 +157,16 @@ class RawSource:
     def check(self):
         """ValueError if the first row has no text column: a wrong name, which would cost every document."""
         for path in self.files[:1]:
-            for number, row in self.rows(path):
-                sources.row_text(row, self.columns, number, path)
+            for _, row in self.rows(path):
+                sources.row_text(row, self.columns, 1, path)
                 break
         self.dropped, self.mended, self.places = Counter(), Counter(), {}
 
     def documents(self):
         for path in self.files:
             found = False
-            for number, row in self.rows(path):
+            for place, row in self.rows(path):
                 found = True
-                place = f"{path}:{number}"
                 if isinstance(row, str):
                     text, row = row, {}
                 elif not isinstance(row, dict):
@@ -189,11 +189,9 @@ class RawSource:
     def checked(self, text, place):
         """The text of a row, or None, counted, if it is none."""
         if isinstance(text, bytes):
-            text, encoding = decode(text)
+            text = self.decoded(text, place)
             if text is None:
-                return self.drop("binary", place)
-            if encoding != "utf-8":
-                self.mend(f"decoded as {encoding}" if encoding[:5] != "mixed" else encoding, place)
+                return None
         if text is None or isinstance(text, str) and not text.strip():
             return self.drop("empty", place)
         if not isinstance(text, str):
@@ -208,7 +206,7 @@ class RawSource:
             self.mend("lone surrogates replaced", place)
         return text if size <= self.limit else self.drop("longer than max_document_bytes", place)
 
-    # ---- files to rows: (number from 1, a str, bytes or a dict) ----
+    # ---- files to rows: (place, a str, bytes or a dict) ----
 
     def rows(self, path):
         if path.startswith("hub:"):
@@ -244,18 +242,18 @@ class RawSource:
                 continue
             data = re.sub(rb"\A\r?\n", b"", data) if several else data
             if data.strip() or not several:
-                text, encoding = decode(data)
-                yield from self.told(number, text, encoding, path)
+                text = self.decoded(data, f"{path}:{number}")
+                if text is not None:
+                    yield f"{path}:{number}", text
 
-    def told(self, number, text, encoding, path):
-        """Yields (number, text) unless there is none; notes the encoding."""
-        place = f"{path}:{number}"
+    def decoded(self, data, place):
+        """The text of bytes, or None, counted, if they are binary; their encoding is noted."""
+        text, encoding = decode(data)
         if text is None:
-            self.drop("binary", place)
-            return
+            return self.drop("binary", place)
         if encoding != "utf-8":
-            self.mend(encoding if encoding.startswith("mixed") else f"decoded as {encoding}", place)
-        yield number, text
+            self.mend(encoding if encoding == "mixed encodings" else f"decoded as {encoding}", place)
+        return text
 
     def blocks(self, file, path, position):
         """Yields what a file holds, unpacked, as far as it can be read; what ends it early is counted."""
@@ -300,20 +298,20 @@ class RawSource:
             texts = itertools.chain(((decoder.decode(block), 0, False) for block in blocks), [("", 0, True)])
             try:
                 for row, number, _ in sources.json_values(texts, path, self.limit):
-                    yield number, row
+                    yield f"{path}:{number}", row
             except ValueError:
                 self.drop("invalid JSON, rest of the file unread", path)
             return
         for number, line in enumerate(records(blocks, b"\n", self.limit), 1):
             if line is None:
                 self.drop("longer than max_document_bytes", f"{path}:{number}")
-            elif line.strip():
-                text, encoding = decode(line)
-                for _, line in self.told(number, text, encoding, path):
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError):
-                        self.drop("invalid JSON", f"{path}:{number}")
+            elif line.strip() and (text := self.decoded(line, f"{path}:{number}")) is not None:
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError):
+                    self.drop("invalid JSON", f"{path}:{number}")
+                else:
+                    yield f"{path}:{number}", row
 
     def parquet_rows(self, path):
         import pyarrow
@@ -327,8 +325,8 @@ class RawSource:
                 for batch in file.iter_batches(batch_size=100, columns=flat):
                     for row in batch.to_pylist():
                         number += 1
-                        yield number, {key: value.isoformat() if hasattr(value, "isoformat") else value
-                                       for key, value in row.items()}
+                        yield f"{path}:{number}", {key: value.isoformat() if hasattr(value, "isoformat") else value
+                                                   for key, value in row.items()}
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
             self.drop("damaged", path)
 
@@ -345,8 +343,7 @@ class RawSource:
                         self.drop("encrypted", name)
                     else:
                         with archive.open(info) as file:
-                            for number, row in self.file_rows(file, name, lambda: info.compress_size):     # noqa: B023
-                                yield f"{info.filename}:{number}", row
+                            yield from self.file_rows(file, name, lambda: info.compress_size)     # noqa: B023
         except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
             self.drop("damaged", path)
 
@@ -354,7 +351,7 @@ class RawSource:
         number = 0
         try:
             for row, number, _ in sources.Source(name, None, self.columns, "replace").hub_rows():
-                yield number, row
+                yield f"{name}:{number}", row
         except ValueError:
             if not number:
                 raise

@@ -117,7 +117,8 @@ def summary(facts):
 def table(head, rows):
     """HTML of a table; cells are text, or (HTML,) as it stands."""
     def cells(row, tag):
-        return "".join(f"<{tag}>{cell[0] if isinstance(cell, tuple) else html.escape(str(cell))}</{tag}>" for cell in row)
+        texts = (cell[0] if isinstance(cell, tuple) else html.escape(str(cell)) for cell in row)
+        return "".join(f"<{tag}>{text}</{tag}>" for text in texts)
     return f"<table><tr>{cells(head, 'th')}</tr>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</table>"
 
 
