@@ -29,7 +29,8 @@ def chat(question, *answers):
 
 def pair(question, chosen, rejected, **more):
     said = lambda text: [{"role": "assistant", "content": text}]
-    return {"prompt": [{"role": "user", "content": question}], "chosen": said(chosen), "rejected": said(rejected), **more}
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "chosen": said(chosen), "rejected": said(rejected), **more}
 
 
 # --- answers ---
@@ -89,7 +90,7 @@ def test_near_duplicates_go_by_the_whole_conversation_or_by_the_question():
 
 def test_of_similar_pairs_the_one_with_the_largest_margin_stays():
     words = " ".join(f"word{i}" for i in range(40))
-    rows = [pair(f"Explain {words}", "good", "bad", margin=1.0), pair(f"Explain {words} please", "good", "bad", margin=2.0)]
+    rows = [pair(f"Explain {words}{end}", "good", "bad", margin=margin) for end, margin in (("", 1.0), (" please", 2.0))]
     assert clean_rows(rows, {})[0] == [rows[1]]
 
 
@@ -201,7 +202,8 @@ def test_a_rating_is_a_number_from_1_to_10(monkeypatch):
         return read(messages[1]["content"].split("<answer>\n")[1].split("\n")[0])
     replies.failures = []
     rate = judge.rater("http://x", "m")
-    said = [rate(chat("q", text)["messages"]) for text in ("good [[7]]", "[[3]] no, [[8.5]]", "[[11]]", "[[0]]", "seven")]
+    replied = "good [[7]]", "[[3]] no, [[8.5]]", "[[11]]", "[[0]]", "seven"
+    said = [rate(chat("q", text)["messages"]) for text in replied]
     assert said == [7.0, 8.5, None, None, None]
 
 
@@ -249,7 +251,7 @@ def test_a_run_that_keeps_nothing_says_why_and_writes_nothing(tmp_path, rows, se
 
 def test_weights_tasks_and_mixed_kinds_are_refused(tmp_path):
     given = config(tmp_path, [pair("a", "x", "y"), pair("b", "x", "y")], kind="pairs")
-    for sources, sentence in ((given["sources"] + "=0.5", "has a weight"), ("task:sorting", "needs? no cleaning|no pairs")):
+    for sources, sentence in (given["sources"] + "=0.5", "has a weight"), ("task:sorting", "holds no pairs"):
         with pytest.raises(ValueError, match=sentence):
             examples.run(given | {"sources": sources})
     with pytest.raises(ValueError, match="which need no cleaning"):
