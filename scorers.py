@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -203,7 +204,7 @@ def bucket(columns, edges):
     if value is None:
         return None
     low, high = edges[name if name in edges else None]
-    return BUCKETS[(value > low) + (value > high)]
+    return BUCKETS[int(value > low) + int(value > high)]
 
 
 # --- the quality classifier ---
@@ -231,7 +232,7 @@ def load_quality(folder):
             weights = file["weights"]
         if weights.shape != (FEATURES,) or not np.isfinite(weights).all() or not math.isfinite(facts["intercept"]):
             raise ValueError(f"weights of shape {weights.shape}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{folder} holds no quality classifier that can be read ({error}); train it with python "
                          f"clean.py --train_quality=true --good=... --bad=... --out_dir={folder}") from None
     return weights, facts

@@ -29,7 +29,8 @@ def chat(question, *answers):
 
 def pair(question, chosen, rejected, **more):
     said = lambda text: [{"role": "assistant", "content": text}]
-    return {"prompt": [{"role": "user", "content": question}], "chosen": said(chosen), "rejected": said(rejected), **more}
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "chosen": said(chosen), "rejected": said(rejected), **more}
 
 
 # --- answers ---
@@ -60,7 +61,7 @@ def test_repetition_is_the_share_of_ngrams_that_came_before():
 
 def test_each_filter_rejects_under_its_own_name_and_looks_at_every_reply():
     rows = [chat("Name a colour.", "Blue."), chat("Name one.", ""), chat("Write.", "x" * 101),
-            chat("Sing.", "la la li lo lu " * 10), chat("Help.", "I'm sorry, but I can't help.", "Here you are."),
+            chat("Sing.", "la la li lo lu " * 6), chat("Help.", "I'm sorry, but I can't help.", "Here you are."),
             chat("What colour is blue?", "Blue is blue.")]
     reasons, _, _ = reasons_of(rows, dict(max_answer=100, similar_by="none"))
     assert reasons == [None, "answer shorter than 1 characters", "answer longer than 100 characters",
@@ -89,7 +90,7 @@ def test_near_duplicates_go_by_the_whole_conversation_or_by_the_question():
 
 def test_of_similar_pairs_the_one_with_the_largest_margin_stays():
     words = " ".join(f"word{i}" for i in range(40))
-    rows = [pair(f"Explain {words}", "good", "bad", margin=1.0), pair(f"Explain {words} please", "good", "bad", margin=2.0)]
+    rows = [pair(f"Explain {words}{end}", "good", "bad", margin=margin) for end, margin in (("", 1.0), (" now", 2.0))]
     assert clean_rows(rows, {})[0] == [rows[1]]
 
 
@@ -170,7 +171,7 @@ def test_an_endpoint_rates_chats_and_must_prefer_the_chosen_answer_in_both_order
             if "<answer>" in text:                                          # one answer: a longer one is better
                 return read(f"[[{min(10, len(text.split('<answer>')[1]) // 10)}]]")
             first, second = (text.split(f"<answer_{name}>\n")[1].split("\n")[0] for name in "AB")
-            return read("[[C]]" if first == second else "[[A]]" if first > second else "[[B]]")
+            return read("[[A]]" if first > second or "biased" in text else "[[B]]")
         complete.failures = []
         return complete
 
@@ -178,10 +179,9 @@ def test_an_endpoint_rates_chats_and_must_prefer_the_chosen_answer_in_both_order
     how = dict(OFF, judge="endpoint", judge_model="m", judge_url="http://x")
     kept, _ = clean_rows([chat("a", "x" * 20), chat("b", "x" * 70)], dict(how, keep_fraction=0.5))
     assert [row["messages"][0]["content"] for row in kept] == ["b"]
-    rows = [pair("a", "zebra", "ant"), pair("b", "ant", "zebra"), pair("c", "cow ", "cow")]
+    rows = [pair("a", "zebra", "ant"), pair("b", "ant", "zebra"), pair("biased", "zebra", "ant")]
     kept, counts = clean_rows(rows, how)
-    assert [row["judge_margin"] for row in kept] == [1.0, 1.0][:len(kept)]
-    assert kept[0]["prompt"] == rows[0]["prompt"] and counts["judge: does not prefer the chosen answer"] >= 1
+    assert kept == [rows[0] | {"judge_margin": 1.0}] and counts == {"judge: does not prefer the chosen answer": 2}
 
 
 def test_a_judge_that_never_answers_is_one_sentence_with_its_reason(monkeypatch):
@@ -201,7 +201,8 @@ def test_a_rating_is_a_number_from_1_to_10(monkeypatch):
         return read(messages[1]["content"].split("<answer>\n")[1].split("\n")[0])
     replies.failures = []
     rate = judge.rater("http://x", "m")
-    said = [rate(chat("q", text)["messages"]) for text in ("good [[7]]", "[[3]] no, [[8.5]]", "[[11]]", "[[0]]", "seven")]
+    replied = "good [[7]]", "[[3]] no, [[8.5]]", "[[11]]", "[[0]]", "seven"
+    said = [rate(chat("q", text)["messages"]) for text in replied]
     assert said == [7.0, 8.5, None, None, None]
 
 
@@ -249,7 +250,7 @@ def test_a_run_that_keeps_nothing_says_why_and_writes_nothing(tmp_path, rows, se
 
 def test_weights_tasks_and_mixed_kinds_are_refused(tmp_path):
     given = config(tmp_path, [pair("a", "x", "y"), pair("b", "x", "y")], kind="pairs")
-    for sources, sentence in ((given["sources"] + "=0.5", "has a weight"), ("task:sorting", "needs? no cleaning|no pairs")):
+    for sources, sentence in (given["sources"] + "=0.5", "has a weight"), ("task:sorting", "holds no pairs"):
         with pytest.raises(ValueError, match=sentence):
             examples.run(given | {"sources": sources})
     with pytest.raises(ValueError, match="which need no cleaning"):

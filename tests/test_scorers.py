@@ -43,8 +43,9 @@ def write(path, texts):
 def quality(tmp_path_factory):
     """(folder, facts) of a classifier that tells councils from pills."""
     folder = tmp_path_factory.mktemp("quality")
-    good = write(folder / "good.jsonl", [f"The council number {i} met on Monday, by bridge {i * 7}." for i in range(200)])
-    bad = write(folder / "bad.jsonl", [f"BUY {i} cheap pills $$$ click {i * 7} now!!!" for i in range(200)])
+    councils = [f"The council number {i} met on Monday, by bridge {i * 7}." for i in range(200)]
+    pills = [f"BUY {i} cheap pills $$$ click {i * 7} now!!!" for i in range(200)]
+    good, bad = write(folder / "good.jsonl", councils), write(folder / "bad.jsonl", pills)
     return str(folder / "out"), train_quality(good, bad, str(folder / "out"))
 
 
