@@ -10,9 +10,7 @@ import configurator
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-BELOW = {"configurator": set(), "tokenizer": set(), "optim": set(), "common": set(), "sources": set(),
-         "raw": {"sources"}, "report": {"common"},
-BELOW = {"cleaners": set(), "filters": set(),
+BELOW = {"cleaners": set(), "filters": set(), "raw": {"sources"}, "report": {"common"},
          "configurator": set(), "tokenizer": set(), "optim": set(), "common": set(), "sources": set(),
          "triton_kernels": set(), "triton_decode": {"triton_kernels"}, "triton_logprob": {"triton_kernels"},
          "kernels": {"triton_kernels", "triton_decode", "triton_logprob"},
