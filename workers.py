@@ -10,6 +10,7 @@ alone: neither the number of workers nor the engine changes it, and an item whos
 import functools
 import glob
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,7 +35,7 @@ def run(function, items, engine="processes", workers=0, address=""):
     """Yields function(item) of every item, in the order of `items`.
 
     workers: processes, or CPUs of a local Ray cluster; 0 takes every core, 1 process is this one. address: of a Ray
-    cluster that runs; without, one is started here and ends with the last result. A ValueError of `function` is raised
+    cluster that runs; without, one is started here and ends with this process. A ValueError of `function` is raised
     here with its sentence; so is one that says that a worker died over and over.
     """
     if engine not in ENGINES:
@@ -123,6 +124,22 @@ def on_ray(function, items, workers, address):
     except ImportError:
         raise ValueError("engine is ray, which is not installed; pip install -r requirements-clean.txt and "
                          "\"ray[data]\" as it says there, or use --engine=processes") from None
+    if not ray.is_initialized():                        # what runs already goes on: it ends with this process
+        start_ray(ray, workers, address)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    function = functools.partial(on_row, function)
+    size = WINDOW * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    items = iter(items)
+    while window := [{"item": pickle.dumps(item)} for item in itertools.islice(items, size)]:
+        rows = ray.data.from_items(window, override_num_blocks=len(window)).map(function)
+        for row in rows.iter_rows():
+            yield pickle.loads(row["outcome"])
+
+
+def start_ray(ray, workers, address):
+    """Starts a cluster of so many CPUs here, or joins the one at `address`, and sends it our files."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():                                             # Ray itself would try for two minutes
         try:
@@ -131,7 +148,7 @@ def on_ray(function, items, workers, address):
             raise ValueError(f"nothing answers at {address} ({error}); look for the cluster's address with ray status, "
                              "or leave --address out to start one here") from None
     with tempfile.TemporaryDirectory() as code:
-        for path in glob.glob(os.path.join(HERE, "*.py")):                  # what every worker imports
+        for path in glob.glob(os.path.join(HERE, "*.py")):
             shutil.copy(path, code)
         try:
             ray.init(address=address or "local", num_cpus=None if address else workers, include_dashboard=False,
@@ -140,19 +157,7 @@ def on_ray(function, items, workers, address):
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(f"Ray does not start at {address or 'this machine'} ({str(error).splitlines()[0]})"
                              ) from None
-        try:
-            context = ray.data.DataContext.get_current()
-            context.execution_options.preserve_order = True
-            context.enable_progress_bars = False
-            function = functools.partial(on_row, function)
-            size = WINDOW * (workers if not address else max(1, int(ray.cluster_resources().get("CPU", 1))))
-            items = iter(items)
-            while window := [{"item": pickle.dumps(item)} for item in itertools.islice(items, size)]:
-                rows = ray.data.from_items(window, override_num_blocks=len(window)).map(function)
-                for row in rows.iter_rows():
-                    yield pickle.loads(row["outcome"])
-        finally:
-            ray.shutdown()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def on_row(function, row):

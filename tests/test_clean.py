@@ -210,7 +210,8 @@ def test_a_worker_process_killed_in_the_middle_changes_nothing(corpus, expected,
 
 def test_ray_on_two_workers_killed_in_either_pass_gives_the_same_bytes_as_one_process(corpus, expected, tmp_path,
                                                                                     monkeypatch):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]==2.60.0'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]==2.60.0'")
+    ray.shutdown()                                                  # of another test
     (tmp_path / "code").mkdir()
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path / "code")
@@ -228,7 +229,10 @@ def dying(function):
 wash, finish = dying(wash), dying(finish)
 """)
     monkeypatch.setattr(workers, "HERE", str(tmp_path / "code"))
-    assert run(corpus, tmp_path / "out", engine="ray", workers=2) == expected
+    try:
+        assert run(corpus, tmp_path / "out", engine="ray", workers=2) == expected
+    finally:
+        ray.shutdown()
     assert (tmp_path / "wash 2").exists() and (tmp_path / "finish 2").exists()
 
 

@@ -49,8 +49,13 @@ def functions(tmp_path, monkeypatch):
     return worked
 
 
-def needs_ray():
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]==2.60.0'")
+@pytest.fixture
+def ray():
+    """Not started yet, and stopped afterwards."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]==2.60.0'")
+    ray.shutdown()
+    yield ray
+    ray.shutdown()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -120,8 +125,7 @@ def test_bad_options_are_one_sentence(arguments, sentence):
         next(workers.run(abs, [1], **arguments))
 
 
-def test_ray_gives_the_same_results_in_order_and_a_killed_worker_changes_nothing(functions, tmp_path):
-    needs_ray()
+def test_ray_gives_the_same_results_in_order_and_a_killed_worker_changes_nothing(ray, functions, tmp_path):
     function = functools.partial(functions.once_killed, str(tmp_path))
     assert list(workers.run(function, range(40), "ray", workers=2)) == [x * x for x in range(40)]
     assert (tmp_path / "killed").exists()
@@ -129,7 +133,6 @@ def test_ray_gives_the_same_results_in_order_and_a_killed_worker_changes_nothing
         list(workers.run(functions.refused, range(10), "ray", workers=2))
 
 
-def test_an_address_where_no_cluster_runs_is_one_sentence(functions):
-    needs_ray()
+def test_an_address_where_no_cluster_runs_is_one_sentence(ray, functions):
     with pytest.raises(ValueError, match="nothing answers at 127.0.0.1:1 .*ray status"):
         list(workers.run(functions.square, range(3), "ray", address="127.0.0.1:1"))
