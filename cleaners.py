@@ -85,7 +85,7 @@ def mojibake(text):
 
 
 def suspicious(line, is_bad):
-    """Whether ftfy would look closer at a line, decided from the neighbourhoods of what is not ASCII, which is faster."""
+    """Whether ftfy would look closer at a line: decided from the surroundings of what is not ASCII, which is faster."""
     return any(is_bad(line[max(0, match.start() - REACH):match.end() + REACH]) for match in NOT_ASCII.finditer(line))
 
 
@@ -114,9 +114,11 @@ def whitespace(text):
 # --- markup ---
 
 PAGE = re.compile(r"(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
-TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|main|"
-                 r"meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|ul)\b[^<>]*>", re.I)
-BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)", re.I)
+TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|"
+                 r"main|meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|"
+                 r"ul)\b[^<>]*>", re.I)
+BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)",
+                   re.I)
 TAG_SHARE = 0.05              # of a text that begins with a tag: above it the text is HTML, below it talks about HTML
 
 
@@ -150,8 +152,8 @@ def fragment(text):
 
 WIKI_MARKS = (re.compile(r"\[\[[^\[\]\n]+\]\]"), re.compile(r"\{\{[^{}]+\}\}"), re.compile(r"'{2,3}[^'\n]+'{2,3}"),
               re.compile(r"^(={2,6})[^=\n]+\1\s*$", re.M), re.compile(r"^\{\|", re.M))
-WIKI_MEDIA = re.compile(r"\s*(?:file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|categoría)\s*:",
-                        re.I)
+WIKI_MEDIA = re.compile(r"\s*(?:file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|"
+                        r"categoría)\s*:", re.I)
 WIKI_TAGS = {"ref", "table", "gallery", "math"}
 
 
@@ -178,8 +180,8 @@ def wiki(text):
 
 
 # LaTeX: no kept library strips it and leaves formulas as they are
-LATEX = re.compile(r"\\(?:documentclass|usepackage|begin|end|(?:sub)*section|chapter|paragraph|cite[pt]?|label|ref|item)"
-                   r"\b")
+LATEX = re.compile(r"\\(?:documentclass|usepackage|begin|end|(?:sub)*section|chapter|paragraph|cite[pt]?|label|ref|"
+                   r"item)\b")
 MATH = re.compile(r"\\begin\{(equation|align|gather|multline|eqnarray|displaymath|math)(\*?)\}.*?\\end\{\1\2\}|"
                   r"\\\[.*?\\\]|\\\(.*?\\\)|(?<!\\)\$\$.*?\$\$|(?<!\\)\$[^$\n]{1,500}(?<!\\)\$", re.S)
 LATEX_FLOATS = re.compile(r"\\begin\{(figure|table|tabular|tikzpicture|thebibliography|filecontents|CCSXML)(\*?)\}.*?"
@@ -194,8 +196,8 @@ LATEX_HEADING = re.compile(r"\s*\\(?:title|part|chapter|(?:sub)*section|(?:sub)?
 LATEX_ACCENT = re.compile(r"\\(?:([\'`^\"~=.])\s*|([cvuHrkb])(?:\s+|(?=\{)))\{?\\?([A-Za-z])\}?")
 ACCENTS = dict(zip("'`^\"~=.cvuHrkb", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0327\u030c\u0306\u030b\u030a"
                                      "\u0328\u0331"))
-LATEX_SIGNS = {"ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å", "l": "ł",
-               "L": "Ł", "i": "i", "ldots": "…", "dots": "…", "LaTeX": "LaTeX", "TeX": "TeX", "S": "§",
+LATEX_SIGNS = {"ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å",
+               "l": "ł", "L": "Ł", "i": "i", "ldots": "…", "dots": "…", "LaTeX": "LaTeX", "TeX": "TeX", "S": "§",
                "textbackslash": "\\"}
 
 

@@ -133,6 +133,7 @@ def basic(text, words, lines):
 
 def gopher(text, words, lines):
     n, starts = len(words), [line.lstrip()[:1] for line in lines]
+    letterless = sum(not any(map(str.isalpha, word)) for word in words if not word.isalpha())
     lower = {word.lower().strip(".,;:!?\"'()") for word in set(words)}
     return {"words": n, "mean word length": share(sum(map(len, words)), n),
             "hash signs per word": share(text.count("#"), n),
@@ -140,7 +141,7 @@ def gopher(text, words, lines):
             "lines that begin with a bullet": share(sum(start in BULLETS for start in starts), len(lines)),
             "lines that end with an ellipsis":
                 share(sum(line.rstrip().endswith(ELLIPSES) for line in lines), len(lines)),
-            "words with a letter": share(n - sum(not any(map(str.isalpha, word)) for word in words if not word.isalpha()), n),
+            "words with a letter": share(n - letterless, n),
             "stop words": len(STOP_WORDS & lower)}
 
 
