@@ -68,7 +68,8 @@ def test_a_missing_library_is_an_error_that_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize("text",
-                         [" " * 300_000 + "x", "x" + "\n " * 150_000 + "x", "a" * 300_000, "<!-- -->" * 40_000,
+                         [" " * 300_000 + "x", " " * 300_000 + "x \ny", "x" + "\n " * 150_000 + "x", "a" * 300_000,
+                          "<!-- -->" * 40_000,
                           "1" * 300_000,
                                   "1 " * 150_000, "a." * 150_000 + "@", "a:" * 150_000, "a | " * 75_000, "." * 300_000],
                          ids=lambda text: repr(text[:6]))
@@ -218,6 +219,7 @@ def test_personal_data_is_masked_and_what_looks_like_it_is_not():
 
 def test_luhn_accepts_one_check_digit_of_ten():
     assert [luhn(f"7992739871{digit}") for digit in range(10)] == [digit == 3 for digit in range(10)]
+    assert luhn("5555555555554444") and not luhn("5555555555554445")    # test numbers of a network: 5 doubled is 10
 
 
 def test_notices_and_menus_go_and_sentences_stay():
