@@ -6,7 +6,6 @@ Each step leaves text alone that it is not about, and none needs another; they r
 and the default order is the sensible one. Libraries are loaded by the step that uses them, once a process.
 """
 import functools
-import html as entities
 import importlib
 import ipaddress
 import re
@@ -16,8 +15,8 @@ DEFAULT_STEPS = "mojibake,html,unicode,whitespace"
 NEEDS = {"mojibake": ("ftfy",), "html": ("trafilatura", "selectolax.lexbor"), "wiki": ("mwparserfromhell",)}
 SURROGATES = re.compile("[\ud800-\udfff]+")
 LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069"
-                       "\ufeff\ufff9-\ufffb]")         # not U+200C and U+200D, which Persian, Hindi and emoji need
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
+                       "\u2066-\u2069\ufeff\ufff9-\ufffb]")     # not U+200C and U+200D: Persian, Hindi, emoji need them
 SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 TRAILING = re.compile(r"(?<![ \t])[ \t]+$", re.M)
 INNER, BLANK_LINES = re.compile(r"(?<=\S) {3,}(?=\S)"), re.compile(r"\n{4,}")
@@ -68,6 +67,10 @@ def surrogates(text):
 
 # --- characters ---
 
+REACH = 6                     # characters that ftfy's signs of mojibake span at most, each with one that is not ASCII
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+(?:[\x00-\x7f]{1,12}[^\x00-\x7f]+)*")
+
+
 def mojibake(text):
     """Text that was decoded with the wrong encoding, decoded with the right one, line by line (ftfy).
 
@@ -76,9 +79,14 @@ def mojibake(text):
     if text.isascii():
         return text
     ftfy = library("ftfy")
-    if not ftfy.badness.is_bad(text):
-        return text
-    return "\n".join(line if line.isascii() else ftfy.fix_encoding(line) for line in text.split("\n"))
+    is_bad = ftfy.badness.is_bad
+    return "\n".join(ftfy.fix_encoding(line) if not line.isascii() and suspicious(line, is_bad) else line
+                     for line in text.split("\n"))
+
+
+def suspicious(line, is_bad):
+    """Whether ftfy would look closer at a line: decided from the surroundings of what is not ASCII, which is faster."""
+    return any(is_bad(line[max(0, match.start() - REACH):match.end() + REACH]) for match in NOT_ASCII.finditer(line))
 
 
 def unicode(text):
@@ -87,28 +95,38 @@ def unicode(text):
 
 
 def whitespace(text):
-    """Lines end in \\n; control and invisible characters go; every kind of space is a space. Blanks at the ends of lines
-    go, three and more inside a line become one, three and more empty lines two. Indentation, tabs, and the two spaces
-    before a comment or after a full stop stay."""
+    """Lines end in \\n; control and invisible characters go; every kind of space is a space. Blanks at the ends of
+    lines go, three and more inside a line become one, three and more empty lines two. Indentation, tabs, and the two
+    spaces before a comment or after a full stop stay."""
     text = INVISIBLE.sub("", LINE_ENDS.sub("\n", text))
     if not text.isascii():
         text = SPACES.sub(" ", text)
-    return BLANK_LINES.sub("\n\n\n", INNER.sub(" ", TRAILING.sub("", text))).strip("\n")
+    text += "\n"
+    if " \n" in text or "\t\n" in text:
+        text = TRAILING.sub("", text)
+    if "   " in text:
+        text = INNER.sub(" ", text)
+    if "\n\n\n\n" in text:
+        text = BLANK_LINES.sub("\n\n\n", text)
+    return text.strip("\n")
 
 
 # --- markup ---
 
 PAGE = re.compile(r"(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
-TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|main|"
-                 r"meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|ul)\b[^<>]*>", re.I)
-BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)", re.I)
+TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|"
+                 r"main|meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|"
+                 r"ul)\b[^<>]*>", re.I)
+BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)",
+                   re.I)
 TAG_SHARE = 0.05              # of a text that begins with a tag: above it the text is HTML, below it talks about HTML
 
 
 def html(text):
     """The main text of a page (trafilatura), the whole text of a fragment (selectolax); None if it has no text.
 
-    HTML is what begins with <!doctype html>, <html>, <head> or <body>, or with any usual tag if tags are TAG_SHARE of it.
+    HTML is what begins with <!doctype html>, <html>, <head> or <body>, or with any usual tag if more than TAG_SHARE of
+    it is tags.
     """
     start = text.lstrip("\ufeff \t\r\n")
     if not start.startswith("<"):
@@ -134,7 +152,9 @@ def fragment(text):
 
 WIKI_MARKS = (re.compile(r"\[\[[^\[\]\n]+\]\]"), re.compile(r"\{\{[^{}]+\}\}"), re.compile(r"'{2,3}[^'\n]+'{2,3}"),
               re.compile(r"^(={2,6})[^=\n]+\1\s*$", re.M), re.compile(r"^\{\|", re.M))
-WIKI_MEDIA = re.compile(r"\s*(file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|categoría)\s*:", re.I)
+WIKI_MEDIA = re.compile(r"\s*(?:file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|"
+                        r"categoría)\s*:", re.I)
+WIKI_TAGS = {"ref", "table", "gallery", "math"}
 
 
 def wiki(text):
@@ -149,7 +169,7 @@ def wiki(text):
     except RecursionError:
         return text
     unwanted = page.filter_templates(recursive=False) + page.filter_comments()
-    unwanted += page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in ("ref", "table", "gallery", "math"))
+    unwanted += page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in WIKI_TAGS)
     unwanted += page.filter_wikilinks(matches=lambda node: WIKI_MEDIA.match(str(node.title)))
     for node in unwanted:
         try:
@@ -160,7 +180,8 @@ def wiki(text):
 
 
 # LaTeX: no kept library strips it and leaves formulas as they are
-LATEX = re.compile(r"\\(?:documentclass|usepackage|begin|end|(?:sub)*section|chapter|paragraph|cite[pt]?|label|ref|item)\b")
+LATEX = re.compile(r"\\(?:documentclass|usepackage|begin|end|(?:sub)*section|chapter|paragraph|cite[pt]?|label|ref|"
+                   r"item)\b")
 MATH = re.compile(r"\\begin\{(equation|align|gather|multline|eqnarray|displaymath|math)(\*?)\}.*?\\end\{\1\2\}|"
                   r"\\\[.*?\\\]|\\\(.*?\\\)|(?<!\\)\$\$.*?\$\$|(?<!\\)\$[^$\n]{1,500}(?<!\\)\$", re.S)
 LATEX_FLOATS = re.compile(r"\\begin\{(figure|table|tabular|tikzpicture|thebibliography|filecontents|CCSXML)(\*?)\}.*?"
@@ -173,15 +194,17 @@ LATEX_DROPPED = re.compile(
 LATEX_HEADING = re.compile(r"\s*\\(?:title|part|chapter|(?:sub)*section|(?:sub)?paragraph)\*?(?:\[[^\[\]]*\])?"
                            r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*")
 LATEX_ACCENT = re.compile(r"\\(?:([\'`^\"~=.])\s*|([cvuHrkb])(?:\s+|(?=\{)))\{?\\?([A-Za-z])\}?")
-ACCENTS = dict(zip("'`^\"~=.cvuHrkb", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0327\u030c\u0306\u030b\u030a\u0328\u0331"))
-LATEX_SIGNS = {"ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å", "l": "ł",
-               "L": "Ł", "i": "i", "ldots": "…", "dots": "…", "LaTeX": "LaTeX", "TeX": "TeX", "S": "§", "textbackslash": "\\"}
+ACCENTS = dict(zip("'`^\"~=.cvuHrkb", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0327\u030c\u0306\u030b\u030a"
+                                     "\u0328\u0331"))
+LATEX_SIGNS = {"ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "aa": "å", "AA": "Å",
+               "l": "ł", "L": "Ł", "i": "i", "ldots": "…", "dots": "…", "LaTeX": "LaTeX", "TeX": "TeX", "S": "§",
+               "textbackslash": "\\"}
 
 
 def latex(text):
-    """LaTeX stripped to its text: headings and formulas stay (formulas as they are written); preamble, comments, floats,
-    bibliography, citations and footnotes go; other commands leave their last argument. Text with fewer than two of the
-    usual commands is left alone."""
+    """LaTeX stripped to its text: title, headings and formulas stay (formulas as they are written); preamble, comments,
+    floats, bibliography, citations and footnotes go; other commands leave their last argument. Text with fewer than two
+    of the usual commands is left alone."""
     if len(LATEX.findall(text)) < 2:
         return text
     formulas = []
@@ -205,7 +228,8 @@ def latex(text):
         text, changed = re.subn(r"\\[A-Za-z]+\*?(?:\[[^\[\]]*\])*\{([^{}]*)\}", r"\1", text)
         if not changed:
             break
-    text = re.sub(r"\\([A-Za-z]+)\*? ?", lambda m: LATEX_SIGNS.get(m[1], ""), re.sub(r"\\\\(?:\[[^\[\]]*\])?", "\n", text))
+    text = re.sub(r"\\\\(?:\[[^\[\]]*\])?", "\n", text)
+    text = re.sub(r"\\([A-Za-z]+)\*? ?", lambda m: LATEX_SIGNS.get(m[1], ""), text)
     text = re.sub(r"(?<!\\)[{}]", "", text.replace("~", " "))
     text = re.sub(r"\\([%&$_#{} ])", r"\1", text).replace("---", "—").replace("--", "–").replace("``", "“")
     text = re.sub(r"\n\s*\n", "\n\n", text.replace("''", "”")).strip()
@@ -262,19 +286,22 @@ NOTICE_LENGTH = 200           # characters: a longer line is prose, whatever it 
 NOTICE = re.compile(
     r"accept (?:all )?cookies|(?:uses?|use of) cookies|cookie (?:policy|settings|preferences)|privacy policy|"
     r"terms (?:of (?:use|service)|and conditions)|all rights reserved|(?:^|\W)(?:©|\(c\)|copyright) *(?:19|20)\d\d|"
-    r"^skip to (?:main )?(?:content|navigation)|^(?:share|tweet|pin|email|print|save|like)(?: (?:this|it|on|via|to|with)\b.*)?$|"
-    r"^(?:share|follow (?:us|me)|find us|like us) (?:on|via) |^(?:log|sign) ?(?:in|up|out)(?: (?:or|to|with|now|here)\b.*)?$|"
+    r"^skip to (?:main )?(?:content|navigation)|"
+    r"^(?:share|tweet|pin|email|print|save|like)(?: (?:this|it|on|via|to|with)\b.*)?$|"
+    r"^(?:share|follow (?:us|me)|find us|like us) (?:on|via) |"
+    r"^(?:log|sign) ?(?:in|up|out)(?: (?:or|to|with|now|here)\b.*)?$|"
     r"^subscribe(?: (?:to|now|here|today)\b.*)?$|sign up for (?:our|the|a) .{0,40}newsletter|enable javascript|"
-    r"^(?:read|show|load|view|see) (?:more|less|all)\W*$|^(?:click|tap) here\b.{0,60}$|^(?:back to top|leave a (?:reply|comment)|"
+    r"^(?:read|show|load|view|see) (?:more|less|all)\W*$|^(?:click|tap) here\b.{0,60}$|"
+    r"^(?:back to top|leave a (?:reply|comment)|"
     r"advertisement|sponsored(?: content)?|related (?:posts|articles|stories)|previous(?: post)?|next(?: post)?|"
     r"(?:no|\d+) comments?|home|menu|search|close|toggle navigation|loading\W*|about us|contact us|sitemap)\W*$", re.I)
 MENU = re.compile(r"[^|»›·•]{1,30}(?:\s*[|»›·•]\s*[^|»›·•]{1,30}){2,}\s*$")
 
 
 def boilerplate(text):
-    """The text without its lines that are a site's and not the page's: notices, share and sign-in links, and menus, which
-    are three and more short items between | » › · or •. For web pages in English; lines that repeat across documents
-    are dedup.py's."""
+    """The text without its lines that are a site's and not the page's: notices, share and sign-in links, and menus,
+    which are three and more short items between | » › · or •. For web pages in English; lines that repeat across
+    documents are dedup.py's."""
     lines = text.split("\n")
     kept = [line for line in lines if len(line) > NOTICE_LENGTH or not is_boilerplate(line.strip())]
     return text if len(kept) == len(lines) else "\n".join(kept).strip("\n") or None

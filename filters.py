@@ -133,6 +133,7 @@ def basic(text, words, lines):
 
 def gopher(text, words, lines):
     n, starts = len(words), [line.lstrip()[:1] for line in lines]
+    letterless = sum(not any(map(str.isalpha, word)) for word in words if not word.isalpha())
     lower = {word.lower().strip(".,;:!?\"'()") for word in set(words)}
     return {"words": n, "mean word length": share(sum(map(len, words)), n),
             "hash signs per word": share(text.count("#"), n),
@@ -140,12 +141,8 @@ def gopher(text, words, lines):
             "lines that begin with a bullet": share(sum(start in BULLETS for start in starts), len(lines)),
             "lines that end with an ellipsis":
                 share(sum(line.rstrip().endswith(ELLIPSES) for line in lines), len(lines)),
-            "words with a letter": share(sum(map(has_letter, words)), n),
+            "words with a letter": share(n - letterless, n),
             "stop words": len(STOP_WORDS & lower)}
-
-
-def has_letter(word):
-    return word.isalpha() or any(map(str.isalpha, word))
 
 
 def repeats(parts):
@@ -180,13 +177,17 @@ def ngrams(words):
     total, places, keys, statistics = max(1, ends[-1]), np.arange(len(words)), ids.copy(), {}
     for n in range(2, 11):
         places = places[places <= len(words) - n]
+        name = f"characters in {'the top' if n <= 4 else 'duplicate'} {n}-gram{'' if n <= 4 else 's'}"
+        if not len(places):
+            statistics[name] = 0.0
+            continue
         key = keys[places]
         keys[places] = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + ids[places + n - 1]
         _, first, group, count = np.unique(keys[places], True, True, True)      # where, which group, how many
         if n <= 4:
-            sizes = (ends[places + n] - ends[places])[first] if len(places) else np.zeros(0, int)
-            most = np.where(count == count.max(initial=2), count * sizes, 0).max(initial=0)
-            statistics[f"characters in the top {n}-gram"] = min(1.0, float(most / total))
+            sizes = (ends[places + n] - ends[places])[first]
+            most = np.where(count == max(2, count.max()), count * sizes, 0).max()
+            statistics[name] = min(1.0, float(most / total))
         else:
             again = np.ones(len(places), bool)
             again[first] = False
@@ -194,7 +195,7 @@ def ngrams(words):
             edges[places[again]] += 1
             edges[places[again] + n] -= 1
             covered = np.cumsum(edges[:-1]) > 0
-            statistics[f"characters in duplicate {n}-grams"] = float(np.diff(ends)[covered].sum() / total)
+            statistics[name] = float(np.diff(ends)[covered].sum() / total)
         places = places[count[group] > 1]
     return statistics
 
