@@ -16,7 +16,9 @@ import pytest
 
 import chain
 import clean
+import examples
 import report
+import scorers
 import workers
 from configurator import read_options
 
@@ -364,6 +366,12 @@ def test_an_unfinished_run_goes_on_only_with_the_same_options_and_the_same_input
             run(corpus, out)
         os.utime(corpus / "a.jsonl", ns=(touched.st_atime_ns, touched.st_mtime_ns))
     assert run(corpus, out, workers=2) == expected
+
+
+def test_options_of_scores_and_of_rows_have_one_default():
+    defaults = {name: default for name, (default, _, _) in read_options(clean.__file__).items()}
+    for theirs in (scorers.DEFAULTS, examples.DEFAULTS):
+        assert {name: defaults[name] for name in theirs} == theirs
 
 
 def test_counts_of_chunks_add_up():
