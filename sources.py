@@ -83,14 +83,21 @@ def text_documents(path, invalid_utf8, notes):
 
 
 def json_rows(path, invalid_utf8, notes):
-    """Yields (row, row number, bytes read) of a .jsonl or .json file: values one after another, or one array of them.
+    """Yields (row, row number, bytes read) of a .jsonl or .json file: values one after another, or one array."""
+    return json_values(decoded_blocks(path, invalid_utf8, notes), path)
 
-    Parsed while it is read: memory holds a block and the longest row.
+
+def json_values(blocks, path, limit=0):
+    """Yields (row, row number, bytes read) of (text, bytes read, whether it is the last); ValueError if it is no JSON.
+
+    Parsed while it is read: memory holds a block and the longest row; with a limit, one of so many characters at most.
     """
     decode, gap, in_array = json.JSONDecoder().raw_decode, re.compile(r"\s*"), None
     pending, wanted, number = "", 0, 0
-    for text, read, last in decoded_blocks(path, invalid_utf8, notes):
+    for text, read, last in blocks:
         pending += text
+        if limit and len(pending) > limit + 2 * BLOCK:
+            raise ValueError(f"row {number + 1:,} of {path} is longer than {limit:,} characters; remove it")
         if len(pending) < wanted and not last:          # inside a long row: try again when there is twice as much
             continue
         at = gap.match(pending).end()
@@ -157,9 +164,9 @@ def extension(path):
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def find_files(name):
+def find_files(name, known=EXTENSIONS, extension=extension):
     """Files of a source that is not on the hub, in the order of hashes of their names: the head is a fair sample."""
-    root, known, avoid = name, EXTENSIONS, {"__pycache__"}
+    root, avoid = name, {"__pycache__"}
     if name == "stdlib":
         root, known = sysconfig.get_paths()["stdlib"], (".py",)
         avoid = {"site-packages", "dist-packages", "test", "tests", "idle_test"}    # not every system has the tests

@@ -2,6 +2,7 @@
 import ast
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import symtable
@@ -12,8 +13,10 @@ import pytest
 
 import chats
 import configurator
+import examples
 import pairs
 import sampled
+import scorers
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = sorted(ROOT.glob("*.py"))
@@ -381,6 +384,10 @@ def test_every_option_of_a_script_is_read(path):
         read |= set(inspect.signature(chats.prepare).parameters)
     if "pairs.prepare(**" in source:
         read |= {*inspect.signature(pairs.prepare).parameters, *inspect.signature(sampled.sampled_sources).parameters}
+    if "chain.wash" in source:                              # clean.py: what chunks, scores and rows are worked on with
+        for name in ("clean.py", "chain.py", "parts.py"):
+            read |= set(re.findall(r'settings\["(\w+)"\]', (ROOT / name).read_text(encoding="utf-8")))
+        read |= {*scorers.DEFAULTS, *examples.DEFAULTS}
     assert set(configurator.read_options(path)) <= read
 
 

