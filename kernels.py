@@ -147,9 +147,10 @@ def check_offsets(cu_seqlens, n_tokens):
         raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
 
 
-def pad_offsets(cu_seqlens, maximum):
-    """cu_seqlens with empty documents at the end, `maximum` offsets in all: one shape, so one compiled graph for any
-    number of documents. ValueError if there are more."""
+def pad_offsets(cu_seqlens, maximum=0):
+    """cu_seqlens with empty documents at the end, `maximum` offsets in all (0: the next power of two): one shape, or a
+    few, so as few compiled graphs for any number of documents. ValueError if there are more."""
+    maximum = maximum or 1 << (len(cu_seqlens) - 1).bit_length()
     if len(cu_seqlens) > maximum:
         raise ValueError(f"cu_seqlens has {len(cu_seqlens)} offsets, more than the maximum of {maximum}")
     return F.pad(cu_seqlens, (0, maximum - len(cu_seqlens)), value=int(cu_seqlens[-1]))

@@ -20,6 +20,7 @@ import mixing
 import optim
 from configurator import configure
 from data import fixed_rows
+from kernels import pad_offsets
 from model import GPT, Config, fetch
 from tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ overwrite = False           # replace a run that out_dir already holds
 seed = 1337                 # weights and the order of the data
 device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
-compile = "auto"            # torch.compile: auto (on cuda with a C compiler, for rows not masked), true, false
+compile = "auto"            # torch.compile: auto (on cuda with a C compiler), true, false
 # --- objective ---
 objective = "clm"           # clm: the next token, for all later stages; mlm: hidden tokens from both sides (masking.py)
 mask_share = 0.15           # mlm: share of the tokens that are hidden; more learns from more, with less to go by
@@ -152,8 +153,13 @@ def main(config):
                            eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, causal=not mlm))
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
-    if compile == "true" or compile == "auto" and run.device.type == "cuda" and compiler and not mask_documents:
+    compiled = compile == "true" or compile == "auto" and run.device.type == "cuda" and bool(compiler)
+    if compiled:
         model.compile(dynamic=False)
+
+    def padded(ids_BT, targets_BT, cu_seqlens):
+        """A batch whose offsets have one of few lengths: a compiled model has a graph for each."""
+        return ids_BT, targets_BT, pad_offsets(cu_seqlens) if compiled and cu_seqlens is not None else cu_seqlens
 
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum,
@@ -175,6 +181,7 @@ def main(config):
             eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
             held_out = [fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank, run.world_size,
                                    mask_documents, wrote) for folder in folders]
+            held_out = [(padded(*batch) for batch in rows) for rows in held_out]
             scores = [masking.evaluate(model, batches.held_out(rows), run) if mlm else
                       evaluate(model, rows, token_bytes, run) for rows in held_out]
             val_loss, score = mixture.average(scores, second)
@@ -206,7 +213,7 @@ def main(config):
         loss_sum, hits = 0.0, 0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            nll_BT = model(*run.move(*batches(step, i)), want_hits=mlm)
+            nll_BT = model(*run.move(*padded(*batches(step, i))), want_hits=mlm)
             if mlm:
                 nll_BT, hits_BT = nll_BT
                 hits += hits_BT.sum()

@@ -399,3 +399,15 @@ def test_linear_logprob_in_bf16_is_near_the_exact_one(chunking):
     torch.testing.assert_close(logp.double(), expected.detach(), atol=0.05, rtol=0.02)
     for a, b in zip((dhidden, dweight), exact):
         torch.testing.assert_close(a.double(), b.grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("impl", ["auto", "plain", "sdpa"])
+def test_offsets_padded_to_a_power_of_two_change_nothing(impl):
+    q, k, v = torch.randn(3, 2, 17, 2, 8)
+    for cu_seqlens in (torch.tensor([0, 5, 17, 20, 34], dtype=torch.int32), torch.tensor([0, 34], dtype=torch.int32)):
+        padded = kernels.pad_offsets(cu_seqlens)
+        assert len(padded) == {5: 8, 2: 2}[len(cu_seqlens)] and padded.dtype == torch.int32
+        torch.testing.assert_close(kernels.attention(q, k, v, padded, impl=impl),
+                                   kernels.attention(q, k, v, cu_seqlens, impl=impl), atol=0, rtol=0)
+        torch.testing.assert_close(kernels.bidirectional_attention(q, k, v, padded),
+                                   kernels.bidirectional_attention(q, k, v, cu_seqlens), atol=0, rtol=0)
