@@ -378,6 +378,8 @@ def test_every_option_of_a_script_is_read(path):
     read = options_read(source) | set(keys_read(source))
     if "common.start(config)" in source:                    # takes what it needs from the whole config
         read |= set(keys_read((ROOT / "common.py").read_text(encoding="utf-8")))
+    if "mixing.text_batches(config" in source:
+        read |= set(keys_read((ROOT / "mixing.py").read_text(encoding="utf-8")))
     if "plan(subject, o, machine)" in source:
         read |= set(keys_read((ROOT / "plans.py").read_text(encoding="utf-8")))
     if "chats.prepare(**" in source:                        # takes what is of its kind
