@@ -118,8 +118,8 @@ def synchronize(device):
 
 
 def check(config, least, **known):
-    """Refuses, with ValueErrors of one sentence, what no stage runs with: an option below its `least` value, infinite or
-    none of its `known` ones, nothing to do, an average that never moves, an out_dir that holds init_from."""
+    """Refuses, with ValueErrors of one sentence, what no stage runs with: an option below its `least` value, infinite
+    or none of its `known` ones, nothing to do, an average that never moves, an out_dir that holds init_from."""
     for name in least:
         if not math.isfinite(config[name]):
             raise ValueError(f"--{name} must be a finite number, got {config[name]}")

@@ -263,23 +263,24 @@ def mean_loss(terms, data, numbers, losses, sft):
 # --- metrics, by trl's names ---
 
 @torch.no_grad()
-def columns(packed, label_A, logp_A, reward_A, logits_1N, entropy_1N):
-    """(A, 6) of answers: what `summarise` makes metrics of."""
-    logits_A, entropy_A = (packed.by_answer(x).sum(1) for x in (logits_1N, entropy_1N))
-    found = (label_A, logp_A, reward_A, packed.lengths, logits_A, entropy_A)
+def columns(packed, label_A, logp_A, reward_A, *seen_1N):
+    """(A, 6 or 7) of answers: what `summarise` makes metrics of. seen: mean logits, entropies and by choice hits."""
+    found = (label_A, logp_A, reward_A, packed.lengths, *(packed.by_answer(x.float()).sum(1) for x in seen_1N))
     return torch.stack([x.float() for x in found], 1).cpu().double()
 
 
-def summarise(table_A6, paired, losses):
+def summarise(table_A, paired, losses):
     """Metrics of a whole step's answers, of pairs one after the other; none of a side without answers."""
-    label_A, logp_A, reward_A, n_A, logits_A, entropy_A = table_A6.unbind(1)
+    label_A, logp_A, reward_A, n_A, logits_A, entropy_A, *hits_A = table_A.unbind(1)
     metrics = dict(entropy=entropy_A.sum() / n_A.sum())
     for side, of in (("chosen", label_A > 0), ("rejected", label_A == 0)):
         if of.any():
             metrics |= {f"rewards/{side}": reward_A[of].mean(), f"logps/{side}": logp_A[of].mean(),
                         f"logits/{side}": logits_A[of].sum() / n_A[of].sum()}
-    if len(metrics) == 7:
+    if len(metrics) == 7:                                   # both sides
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if hits_A and (label_A > 0).any():
+        metrics["mean_token_accuracy"] = hits_A[0][label_A > 0].sum() / n_A[label_A > 0].sum()
     if paired:
         metrics["rewards/accuracies"] = (reward_A[0::2] > reward_A[1::2]).double().mean()
     if "orpo" in losses:
@@ -372,20 +373,20 @@ def main(config):
         ref.store(os.path.join(reference_dir or out_dir, "reference.pt"), (train, val), micro,
                   anew=overwrite and not reference_dir)
 
-    def forward(pairs, indices, kl):
+    def forward(pairs, indices, kl, hits=False):
         """The three terms of `mean_loss` over a micro-batch, with gradients, and (them and the tokens processed, the
         answers' `columns`) to count."""
         packed, label_A = pairs.packed(indices, run.device), pairs.liked(indices).to(run.device)
         ref_A = ref.of(pairs, indices, packed) if compared else None
         targets = texts(packed) if "orpo" in losses else packed.targets
-        nll_1N, entropy_1N = model(packed.ids, targets, want_entropy=True, **packed.layout)
+        nll_1N, *seen_1N = model(packed.ids, targets, want_entropy=True, want_hits=hits, **packed.layout)
         logp_A = -packed.by_answer(nll_1N).sum(1)
         mean = "mean" in LOSSES[next(iter(losses))][1]
         reward_A = beta * (logp_A - ref_A if compared else logp_A / packed.lengths if mean else logp_A)
         terms = (loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, how), -logp_A[label_A].sum(),
                  nll_1N.sum() + logp_A[~label_A].sum())
         sums = torch.tensor([*(term.item() for term in terms), packed.ids.numel()], dtype=torch.float64)
-        return terms, (sums, columns(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), entropy_1N))
+        return terms, (sums, columns(packed, label_A, logp_A, reward_A, mean_logits(model, kept["hidden"]), *seen_1N))
 
     @torch.no_grad()
     def divergence(pairs, numbers, parts):
@@ -402,8 +403,8 @@ def main(config):
     def finish(counted, pairs, numbers, kl):
         """The mean loss, the metrics and the tokens processed of `numbers`, from what each rank counted."""
         *terms, processed = run.total(sum((sums for sums, _ in counted), torch.zeros(4, dtype=torch.float64))).tolist()
-        table_A6, text = torch.cat(run.gather([table for _, table in counted])), "orpo" in losses
-        metrics = summarise(table_A6, paired, losses) | (dict(kl=kl) if single else {})
+        table_A, text = torch.cat(run.gather([table for _, table in counted])), "orpo" in losses
+        metrics = summarise(table_A, paired, losses) | (dict(kl=kl) if single else {})
         metrics["nll_loss"] = mean_loss([0.0, *terms[1:]], pairs, numbers, {"orpo": 1.0} if text else {}, 1.0 - text)
         return mean_loss(terms, pairs, numbers, losses, sft), metrics, round(processed)
 
@@ -412,7 +413,7 @@ def main(config):
         """eval_ metrics over the first held-out pairs, each once."""
         numbers, parts = range(n_val), list(fixed_pairs(val, micro, n_val, run.rank, run.world_size))
         kl = divergence(val, numbers, parts) if single else 0.0
-        counted = [forward(val, indices, kl)[1] for indices in parts if indices]
+        counted = [forward(val, indices, kl, hits=True)[1] for indices in parts if indices]
         mean, metrics, _ = finish(counted, val, numbers, kl)
         return {f"eval_{name}": value for name, value in dict(loss=mean, **metrics).items() if "logits" not in name}
 

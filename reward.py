@@ -10,7 +10,6 @@ al. 2022, arXiv:2203.02155, eq. 1): minus the log-probability that the chosen an
 Shapes: P pairs, packed in one row with each prompt once. A step is one optimizer update.
 """
 import math
-import os
 
 import numpy as np
 import torch

@@ -7,6 +7,6 @@ n_layer = 4
 n_head = 4
 n_embd = 256
 max_steps = 100_000         # the clock ends the run
-max_seconds = 120.0
+max_seconds = 110.0
 eval_every = 200
 eval_tokens = 65_536

@@ -38,7 +38,7 @@ trained=$demo/sft,$demo/dpo,$demo/ppo,$demo/grpo
 score="python eval.py --append=$demo/table.jsonl --mode=chat --tasks=sorting --max_new_tokens=48"
 $score --model=$demo/pretrain --limit=200 > $demo/eval.txt             # it answers nothing, at length
 $score --model=$trained --limit=1000 >> $demo/eval.txt
-$score --model=$trained --limit=200 --samples=8 --temperature=1 >> $demo/eval.txt
+$score --model=$trained --limit=100 --samples=8 --temperature=1 >> $demo/eval.txt
 python eval.py --append=$demo/table.jsonl --model=$demo/pretrain,$trained --tasks=bpb --text=python=$demo/text \
     --max_text_bytes=100000 >> $demo/eval.txt
 python runs/demo.py $demo

@@ -22,7 +22,6 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-sys.path.insert(0, os.path.join(ROOT, "runs"))
 WORK = "out/grpo_speed"
 PROMPTS = f"{WORK}/prompts.jsonl"
 CONTEXT, STEPS, WARMUP = 512, 10, 2

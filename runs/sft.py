@@ -21,7 +21,6 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-sys.path.insert(0, os.path.join(ROOT, "runs"))
 WORK = "out/sft_speed"
 CONTEXT, STEPS, WARMUP = 512, 30, 5
 

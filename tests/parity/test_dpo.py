@@ -60,13 +60,13 @@ def ours(folder, losses, options, groups=GROUPS, label_A=None, kl=0.0, orpo=Fals
     paired = label_A is None
     label_A = torch.tensor([True, False] * len(groups)) if paired else label_A
     targets = dpo.texts(packed) if orpo else packed.targets
-    nll_1N, entropy_1N = model(packed.ids, targets, want_entropy=True, **packed.layout)
+    nll_1N, *seen_1N = model(packed.ids, targets, want_entropy=True, want_hits=True, **packed.layout)
     logp_A = -packed.by_answer(nll_1N).sum(1)
     terms = [dpo.loss_sum(losses, logp_A, ref_A, packed.lengths, label_A, kl, options), -logp_A[label_A].sum(),
              nll_1N.sum() + logp_A[~label_A].sum()]
-    table_A6 = dpo.columns(packed, label_A, logp_A, options["beta"] * (logp_A - ref_A),
-                           dpo.mean_logits(model, hidden[0]), entropy_1N)
-    metrics = dpo.summarise(table_A6, paired, losses)
+    table_A = dpo.columns(packed, label_A, logp_A, options["beta"] * (logp_A - ref_A),
+                          dpo.mean_logits(model, hidden[0]), *seen_1N)
+    metrics = dpo.summarise(table_A, paired, losses)
     data = Thumbs.__new__(Thumbs)
     data.prompts, data.completions, data.labels = [p for p, _ in groups], [a[0] for _, a in groups], label_A
     if paired:
@@ -114,7 +114,7 @@ def test_a_loss_its_gradients_and_metrics_are_those_of_dpotrainer(folder, tmp_pa
     assert_same_gradients(model, their)
     for key in metrics:
         assert metrics[key] == pytest.approx(their_metrics[key], rel=1e-4, abs=1e-4), key
-    assert len(metrics) == 9
+    assert len(metrics) == 10
 
 
 def test_weighted_losses_with_the_sft_term_are_theirs(folder, tmp_path):
