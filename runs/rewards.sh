@@ -17,11 +17,11 @@ stage pretrain pretrain.py --data=$out/text --context=512 --n_layer=4 --n_head=4
     --max_steps=500 --eval_every=250
 [ -e $out/chats/train.h5 ] || python data.py --kind=chats --sources="$2" --tokenizer=$out/pretrain --context=512 \
     --val_fraction=0.02 --out_dir=$out/chats
-stage sft sft.py --init_from=$out/pretrain --data=$out/chats --context=512 --rows_per_step=8 --max_steps=200 \
+stage sft sft.py --init_from=$out/pretrain --data=$out/chats --context=512 --rows_per_step=8 --max_steps=100 \
     --lr=1e-3 --eval_every=100
 [ -e $out/pairs/train.jsonl ] || python data.py --kind=pairs --sources="$3,$4,$5" --val_fraction=0.2 --out_dir=$out/pairs
 for seed in 1337 1 2; do
-    stage reward-$seed reward.py --init_from=$out/sft --data=$out/pairs --context=512 --eval_pairs=0 --epochs=2 --lr=3e-4 \
+    stage reward-$seed reward.py --init_from=$out/sft --data=$out/pairs --context=512 --eval_pairs=0 --epochs=1 --lr=3e-4 \
         --eval_every=50
 done
 python runs/rewards.py $out
