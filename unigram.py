@@ -18,6 +18,9 @@ from tokenizers import models, pre_tokenizers, trainers
 from vocabulary import BYTE_PIECES, SPLIT, UNIGRAM_SPLIT, added_token
 
 COVERAGE = 0.9995           # share of the training text whose characters have pieces of their own: SentencePiece's
+LONGEST = 33                # characters of a piece: the longest word or run of spaces that SPLIT leaves whole
+ROUNDS = 4                  # of expectation maximisation between two prunings: with SentencePiece's 2 text of the
+#                             standard library takes 7 to 9 % more pieces
 DIGITS = 3                  # decimals of a score, in nats: `tokenizers` adds in another order each time
 
 
@@ -54,7 +57,7 @@ def learn(texts, rare, room):
     model = tokenizers.Tokenizer(models.Unigram())
     model.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     trainer = trainers.UnigramTrainer(vocab_size=room + 1, show_progress=False, unk_token="<unk>",
-                                      special_tokens=["<unk>"])
+                                      special_tokens=["<unk>"], max_piece_length=LONGEST, n_sub_iterations=ROUNDS)
     model.train_from_iterator((between.split(text) for text in texts), trainer)
     pieces = json.loads(model.to_str())["model"]["vocab"]
     pieces = [(piece, score) for piece, score in pieces if piece != "<unk>"]

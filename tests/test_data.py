@@ -276,7 +276,7 @@ def test_documents_of_val_sources_are_dropped_from_training(tmp_path, stories, t
 
 def test_the_tokenizer_is_trained_on_the_training_side_only(tmp_path, stories, monkeypatch):
     seen, train = [], Tokenizer.train
-    monkeypatch.setattr(Tokenizer, "train", lambda texts, size: train([seen.append(t) or t for t in texts], size))
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, *how: train([seen.append(t) or t for t in texts], *how))
     data.prepare(str(tmp_path / "out"), stories, vocab_size=300)
     assert seen == documents(str(tmp_path / "out"), "train")
     seen.clear()

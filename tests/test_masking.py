@@ -45,6 +45,8 @@ def test_fifteen_in_a_hundred_tokens_of_text_are_chosen_and_their_fates_are_80_1
     n = len(own)
     hidden, kept = (fate == MASK_ID).sum() / n, (fate == own).sum() / n
     assert hidden == pytest.approx(0.8, abs=0.02) and kept == pytest.approx(0.1, abs=0.02)
+    places = chosen_BT.nonzero()[:, 1].double()
+    assert places.mean() == pytest.approx(99.5, abs=2) and places.min() == 0 and places.max() == 199
     others = fate[(fate != MASK_ID) & (fate != own)]
     assert others.max() < 90 and len(others.unique()) > 80                              # of all text, no special
 
@@ -243,6 +245,7 @@ def test_the_denominator_is_the_hidden_tokens_of_all_ranks_and_micro_batches():
     batches = MaskedBatches(micro, tok, 0.15, 1, accumulation=3, total=lambda n: 2 * torch.tensor(float(n)))
     hidden = sum((batches(5, i)[1] != -100).sum().item() for i in range(3))
     assert batches.targets_in_step(5) == 2 * hidden > 0
+    assert not torch.equal(batches(5, 0)[1], batches(6, 0)[1])                          # anew in every step
 
 
 def test_the_checkpoint_says_its_objective_and_every_other_stage_refuses_it(folder, whole, tmp_path):
