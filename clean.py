@@ -219,7 +219,7 @@ def clean_text(config):
     corpus = raw.parse_sources(config["sources"], config["text_column"], config["max_document_bytes"])
     identity = {name: value for name, value in config.items() if name not in OF_THE_RUN}
     identity["files"] = [[path, stat.st_size, stat.st_mtime_ns] for source in corpus for path in source.files
-                         if not path.startswith("hub:") for stat in [os.stat(path)]]
+                         if os.path.exists(path) for stat in [os.stat(path)]]      # raw.py counts a link to nowhere
     parts = Parts(os.path.join(out_dir, UNFINISHED), identity, config["overwrite"])
     machines, progress = (config["engine"], config["workers"], config["address"]), Progress()
 

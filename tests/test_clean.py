@@ -379,3 +379,13 @@ def test_counts_of_chunks_add_up():
     for value in (1, 2):
         chain.add(total, {"a": {"b": [value, 1], "edges": [0, 1]}, "c": value})
     assert total == {"a": {"b": [3, 2], "edges": [0, 1]}, "c": 3}
+
+
+def test_a_link_to_nowhere_is_counted_and_the_rest_is_cleaned(corpus, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(corpus / "a.jsonl", folder)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    facts = run(corpus, tmp_path / "out", sources=str(folder))["report"]
+    assert facts["total"]["unreadable"]["unreadable (No such file or directory)"] == 1
+    assert facts["total"]["documents_out"] > 30
