@@ -389,3 +389,14 @@ def test_a_link_to_nowhere_is_counted_and_the_rest_is_cleaned(corpus, tmp_path):
     facts = run(corpus, tmp_path / "out", sources=str(folder))["report"]
     assert facts["total"]["unreadable"]["unreadable (No such file or directory)"] == 1
     assert facts["total"]["documents_out"] > 30
+
+
+def test_a_run_that_finished_no_chunk_does_not_stand_in_the_way_of_another(corpus, tmp_path):
+    with pytest.raises(ValueError, match="from 1 to 65,536 permutations"):
+        run(corpus, tmp_path / "out", permutations=70_000, bands=1, rows=1)
+    assert rows_of(run(corpus, tmp_path / "out"))
+
+
+def test_questions_are_found_by_few_words_when_asked(corpus, tmp_path):
+    found = run(corpus, tmp_path / "out", question_ngram=3)["report"]["questions"]
+    assert next(iter(found.values()))["documents"] >= 10
