@@ -219,8 +219,12 @@ def clean_text(config):
     settings, columns = checked(config)
     corpus = raw.parse_sources(config["sources"], config["text_column"], config["max_document_bytes"])
     identity = {name: value for name, value in config.items() if name not in OF_THE_RUN}
-    identity["files"] = [[path, stat.st_size, stat.st_mtime_ns] for source in corpus for path in source.files
-                         if os.path.exists(path) for stat in [os.stat(path)]]      # raw.py counts a link to nowhere
+    read = [path for source in corpus for path in source.files]
+    read += settings["questions"].files if settings["questions"] else []
+    read += [os.path.join(settings[f"{name}_model"], file) for name, file in scorers.FILES.items()
+             if settings[f"{name}_model"]]
+    identity["files"] = [[path, stat.st_size, stat.st_mtime_ns] for path in read if os.path.isfile(path)
+                         for stat in [os.stat(path)]]               # raw.py counts a link to nowhere
     parts = Parts(os.path.join(out_dir, UNFINISHED), identity, config["overwrite"])
     machines, progress = (config["engine"], config["workers"], config["address"]), Progress()
 

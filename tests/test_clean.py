@@ -365,6 +365,12 @@ def test_an_unfinished_run_goes_on_only_with_the_same_options_and_the_same_input
         with pytest.raises(ValueError, match="holds an unfinished run with other files; repeat it as it was"):
             run(corpus, out)
         os.utime(corpus / "a.jsonl", ns=(touched.st_atime_ns, touched.st_mtime_ns))
+        questions = corpus / "questions.json"
+        touched = questions.stat()
+        os.utime(questions, (time.time(), time.time()))
+        with pytest.raises(ValueError, match="holds an unfinished run with other files; repeat it as it was"):
+            run(corpus, out)
+        os.utime(questions, ns=(touched.st_atime_ns, touched.st_mtime_ns))
     assert run(corpus, out, workers=2) == expected
 
 
