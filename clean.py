@@ -37,7 +37,7 @@ import report
 import scorers
 from cleaners import parse_steps
 from configurator import configure, read_options
-from contamination import Contamination
+from contamination import SHORTEST, Contamination
 from filters import parse_filters
 from parts import Parts, bands_and_rows, decide
 from workers import ENGINES, run
@@ -181,7 +181,8 @@ def checked(config):
         if config[name] not in known:
             raise ValueError(f"{name} is {config[name]!r}; it must be {', '.join(known[:-1])} or {known[-1]}")
     for name, least in (("max_document_bytes", 1), ("chunk_bytes", 1), ("max_bytes", 0), ("ngram", 1), ("bands", 0),
-                        ("permutations", 1), ("rows", 0), ("show_rejected", 0), ("workers", 0)):
+                        ("permutations", 1), ("rows", 0), ("show_rejected", 0), ("workers", 0),
+                        ("question_ngram", 1)):
         if config[name] < least:
             raise ValueError(f"{name} is {config[name]}; it must be {least} or more")
     if config["address"] and config["engine"] != "ray":
@@ -203,8 +204,8 @@ def checked(config):
     if config["best_by"] not in ("length", "first", *columns):
         raise ValueError(f"best_by is {config['best_by']!r}; it must be length, first or a score that is taken: "
                          f"{', '.join(columns) or 'none is, see --scores'}")
-    files = [name.strip() for name in config["questions"].split(",") if name.strip()]
-    settings["questions"] = Contamination(files, config["question_ngram"]) if files else None
+    files, n = [name.strip() for name in config["questions"].split(",") if name.strip()], config["question_ngram"]
+    settings["questions"] = Contamination(files, n, min(SHORTEST, n)) if files else None
     return settings, columns
 
 
@@ -218,8 +219,12 @@ def clean_text(config):
     settings, columns = checked(config)
     corpus = raw.parse_sources(config["sources"], config["text_column"], config["max_document_bytes"])
     identity = {name: value for name, value in config.items() if name not in OF_THE_RUN}
-    identity["files"] = [[path, stat.st_size, stat.st_mtime_ns] for source in corpus for path in source.files
-                         if not path.startswith("hub:") for stat in [os.stat(path)]]
+    read = [path for source in corpus for path in source.files]
+    read += settings["questions"].files if settings["questions"] else []
+    read += [os.path.join(settings[f"{name}_model"], file) for name, file in scorers.FILES.items()
+             if settings[f"{name}_model"]]
+    identity["files"] = [[path, stat.st_size, stat.st_mtime_ns] for path in read if os.path.isfile(path)
+                         for stat in [os.stat(path)]]               # raw.py counts a link to nowhere
     parts = Parts(os.path.join(out_dir, UNFINISHED), identity, config["overwrite"])
     machines, progress = (config["engine"], config["workers"], config["address"]), Progress()
 

@@ -8,6 +8,7 @@ and the default order is the sensible one. Libraries are loaded by the step that
 import functools
 import importlib
 import ipaddress
+import itertools
 import re
 import unicodedata
 
@@ -120,6 +121,9 @@ TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|
 BLOCK = re.compile(r"(</?(?:article|blockquote|br|div|form|h[1-6]|hr|li|main|nav|ol|p|pre|section|table|tr|ul)\b)",
                    re.I)
 TAG_SHARE = 0.05              # of a text that begins with a tag: above it the text is HTML, below it talks about HTML
+NESTED = re.compile(r"<(/?)(?!(?:area|base|br|col|colgroup|dd|dt|embed|hr|img|input|li|link|meta|option|p|param|source|"
+                    r"tbody|td|tfoot|th|thead|tr|track|wbr)\b)[a-z][^<>]*(?<!/)>", re.I)     # what an end tag ends
+DEPTH = 2000                  # of tags in tags, more than any browser builds: the time of parsing is its square
 
 
 def html(text):
@@ -143,7 +147,11 @@ def html(text):
 
 
 def fragment(text):
-    """All text between the tags, blocks as lines, without scripts and styles; None if there is none."""
+    """All text between the tags, blocks as lines, without scripts and styles; None if there is none, or if tags stand
+    more than DEPTH deep in one another."""
+    ups_and_downs = (-1 if match[1] else 1 for match in NESTED.finditer(text))
+    if max(itertools.accumulate(ups_and_downs), default=0) > DEPTH:
+        return None
     tree = library("selectolax.lexbor").LexborHTMLParser(BLOCK.sub(r"\n\1", text))
     tree.strip_tags(["script", "style", "noscript", "template", "svg", "head"], recursive=True)
     body = tree.body.text(separator="", strip=False) if tree.body else ""

@@ -12,6 +12,7 @@ from dedup import batches, random_numbers, word_hashes
 from sources import extension, find_files, json_rows
 
 QUESTIONS = ("question", "prompt", "query", "goal", "instruction", "text", "turns")     # columns, all that a row has
+SHORTEST = 5                 # words of a question that is looked for: shorter ones stand in innocent texts too
 SHIFT = np.uint64(42)        # the 22 bits above it choose a place in the table that says what needs a closer look
 
 
@@ -47,7 +48,7 @@ class Contamination:
     and `questions` count both by file.
     """
 
-    def __init__(self, files, ngram=13, shortest=5, columns=QUESTIONS):
+    def __init__(self, files, ngram=13, shortest=SHORTEST, columns=QUESTIONS):
         if not 1 <= shortest <= ngram:
             raise ValueError(f"the shortest question looked for needs from 1 to ngram={ngram} words, not {shortest}")
         self.ngram, self.shortest = ngram, shortest

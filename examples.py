@@ -41,6 +41,7 @@ LEAST_NGRAMS = 20               # of an answer whose repetition is measured: sho
 REPEATED_NGRAM = 4              # words
 SIMILAR_NGRAM = 3               # words: questions are short
 PERMUTATIONS = 128              # of a MinHash signature
+FIRST_ASKED = 4                 # requests to an endpoint of which one must be answered before the others are sent
 REFUSED_WITHIN = 250            # characters at the beginning of an answer
 
 A_MACHINE = r"an?\ (?:[\w-]+\ ){0,3}?(?:ai|artificial\ intelligence|language\ model|llm|chatbot)\b"
@@ -186,9 +187,13 @@ def judged(rows, o):
         ask = endpoint(o["judge_url"], o["judge_model"], **how)
         jobs = [job for row in rows for answers in [[row[name][0]["content"] for name in ("chosen", "rejected")]]
                 for job in ((row["prompt"], *answers), (row["prompt"], *answers[::-1]))]
+    few = max(FIRST_ASKED, o["judge_parallel"])
     with ThreadPoolExecutor(o["judge_parallel"]) as pool:
         try:
-            verdicts = list(pool.map(lambda job: ask(*job), jobs))
+            verdicts = list(pool.map(lambda job: ask(*job), jobs[:few]))
+            if not any(verdicts):                               # of an endpoint that is down, not after hours
+                told(ask, np.full(-(-len(verdicts) // (1 + are_pairs)), math.nan))
+            verdicts += pool.map(lambda job: ask(*job), jobs[few:])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

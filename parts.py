@@ -31,7 +31,7 @@ class Parts:
         if os.path.isdir(folder):
             before = self.read_json("options.json") if os.path.exists(path) else {}
             differ = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
-            if differ and not overwrite and before:
+            if differ and not overwrite and before and self.has("part-00000.npz"):      # else nothing would be lost
                 said = ", ".join("files" if name == "files" else f"{name}={before.get(name)!r}" for name in differ)
                 raise ValueError(f"{folder} holds an unfinished run with other {said}; repeat it as it was to go on, "
                                  "or pass --overwrite=true to start anew")

@@ -40,6 +40,7 @@ BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codec
 DECLARED = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?([\w-]+)", re.I)
 RESERVED = ("text", "source", "id")
 PLACES = 5                          # of each reason, so many places are remembered
+CHECKED = 10                        # rows of a source of which one must have a text before anything begins
 
 
 # ---- bytes ----
@@ -155,11 +156,20 @@ class RawSource:
         self.note(self.mended, reason, place)
 
     def check(self):
-        """ValueError if the first row has no text column: a wrong name, which would cost every document."""
+        """ValueError if none of the first rows has a text column: a wrong name, which would cost every document."""
         for path in self.files[:1]:
-            for _, row in self.rows(path):
-                sources.row_text(row, self.columns, 1, path)
-                break
+            problems = []
+            for _, row in itertools.islice(self.rows(path), CHECKED):
+                if isinstance(row, dict):
+                    row = {key: "" if isinstance(value, bytes) else value for key, value in row.items()}
+                try:
+                    sources.row_text(row, self.columns, 1, path)
+                    break
+                except ValueError as error:
+                    problems.append(error)
+            else:
+                if problems:
+                    raise problems[0]
         self.dropped, self.mended, self.places = Counter(), Counter(), {}
 
     def documents(self):

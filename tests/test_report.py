@@ -117,3 +117,11 @@ def test_json_holds_the_facts_and_files_are_replaced_whole(tmp_path):
     with pytest.raises(ValueError, match="could not write"):
         (tmp_path / "blocked/report.json").mkdir(parents=True)
         report.write(str(tmp_path / "blocked"), FACTS)
+
+
+def test_the_json_that_says_a_run_is_complete_is_written_last(tmp_path, monkeypatch):
+    import common
+    written = []
+    monkeypatch.setattr(common, "write_atomic", lambda path, content: written.append(path))
+    report.write(str(tmp_path), {"sources": {}})
+    assert written[-1].endswith("report.json")

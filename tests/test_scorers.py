@@ -182,3 +182,8 @@ def test_scorers_travel_to_other_processes(quality):
     some = Scorers("quality", dict(quality_model=quality[0]))
     some.columns([{"text": NEWS}])
     assert pickle.loads(pickle.dumps(some)).columns([{"text": NEWS}]) == some.columns([{"text": NEWS}])
+
+
+def test_a_document_without_bits_per_byte_is_in_no_bucket_and_stays():
+    columns = {"bits_per_byte": None}
+    assert scorers.Scorers("", {}).rejects(columns | {"bucket": scorers.bucket(columns, {})}) is None
