@@ -12,6 +12,7 @@
 A rule is a statistic and its bounds, both of them allowed. Words are what stands between white space: languages written
 without spaces need `-` in front of the rules that count words. Shares of words and lines are fractions of 1.
 """
+import itertools
 import re
 
 import numpy as np
@@ -136,7 +137,8 @@ def basic(text, words, lines):
 
 def gopher(text, words, lines):
     n, starts = len(words), [line.lstrip()[:1] for line in lines]
-    letterless = sum(not any(map(str.isalpha, word)) for word in words if not word.isalpha())
+    letterless = sum(not any(map(str.isalpha, word)) for word in itertools.filterfalse(str.isalpha, words)
+                     if not word[0].isalpha())
     lower = {word.lower().strip(".,;:!?\"'()") for word in set(words)}
     return {"words": n, "mean word length": share(sum(map(len, words)), n),
             "hash signs per word": share(text.count("#"), n),
@@ -173,8 +175,8 @@ def ngrams(words):
 
     An n-gram can only repeat where its first n - 1 words do, so each n sorts what is left of the one before.
     """
-    number = {}
-    ids = np.fromiter((number.setdefault(word, len(number)) for word in words), np.uint64, len(words))
+    number = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    ids = np.fromiter(map(number.__getitem__, words), np.uint64, len(words))
     ids = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     ends = np.cumsum([0, *map(len, words)])
     total, places, keys, statistics = max(1, ends[-1]), np.arange(len(words)), ids.copy(), {}
