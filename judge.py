@@ -178,9 +178,9 @@ def transcript(conversation):
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in conversation)
 
 
-def endpoint(url, model, **how):
+def endpoint(url, model, key_env="", **how):
     """A judge behind an OpenAI-compatible endpoint; `how` as in completions."""
-    complete = completions(url, model, **how)
+    complete = completions(url, model, key_env, **how)
 
     def verdict(reply):
         found = VERDICT.findall(reply)
@@ -195,10 +195,10 @@ def endpoint(url, model, **how):
     return ask
 
 
-def rater(url, model, **how):
+def rater(url, model, key_env="", **how):
     """A function rate(conversation) -> 1.0 to 10.0, or None, of its last answer alone, by an OpenAI-compatible endpoint
     (as Chen et al. 2023, arXiv:2307.08701, choose instruction data); `how` as in completions."""
-    complete = completions(url, model, **how)
+    complete = completions(url, model, key_env, **how)
 
     def rating(reply):
         found = RATING.findall(reply)
