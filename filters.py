@@ -188,7 +188,11 @@ def ngrams(words):
             continue
         key = keys[places]
         keys[places] = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + ids[places + n - 1]
-        _, first, group, count = np.unique(keys[places], True, True, True)      # where, which group, how many
+        order = np.argsort(keys[places])                    # np.unique sorts stably, which takes three times as long
+        sorted_keys = keys[places[order]]
+        starts = np.flatnonzero(np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]]))
+        count = np.diff(starts, append=len(order))          # of each n-gram
+        first = np.minimum.reduceat(order, starts)          # where it stands for the first time
         if n <= 4:
             sizes = (ends[places + n] - ends[places])[first]
             most = np.where(count == max(2, count.max()), count * sizes, 0).max()
@@ -201,7 +205,9 @@ def ngrams(words):
             edges[places[again] + n] -= 1
             covered = np.cumsum(edges[:-1]) > 0
             statistics[name] = float(np.diff(ends)[covered].sum() / total)
-        places = places[count[group] > 1]
+        repeated = np.empty(len(order), bool)
+        repeated[order] = np.repeat(count > 1, count)
+        places = places[repeated]
     return statistics
 
 

@@ -246,3 +246,10 @@ def test_a_page_of_tags_in_tags_in_tags_is_given_up_in_linear_time():
     assert time.perf_counter() - start < 20     # quadratic time would be many minutes
     page = "<div>" + "<p>Words<br>" * 5000 + "<img src=x/>" * 5000 + "<path d='0'/>" * 5000 + "the end</div>"
     assert clean(page, ["html"])[0].endswith("the end")
+
+
+def test_typesetters_signs_alone_are_no_sign_of_mojibake_to_ftfy():
+    ftfy = pytest.importorskip("ftfy")
+    signs = "“”‘’—–…aA1 .,"
+    assert not any(ftfy.badness.is_bad("".join(some)) for n in (1, 2, 3, 4)
+                   for some in itertools.product(signs, repeat=n))
