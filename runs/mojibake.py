@@ -1,6 +1,6 @@
 """Cases of mojibake that cleaners.py repairs, beside ftfy's own fix_text, file by file.
 
-    python runs/mojibake.py ../shared/data/dirty
+    python runs/mojibake.py path/to/dirty
 """
 import glob
 import gzip
