@@ -457,7 +457,8 @@ def fetch(path):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"could not fetch {path} ({reason})") from None
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"{path!r} is not a model directory: it has no config.json")
+        raise ValueError(f"{path!r} is not a model directory: it has no config.json; give "
+                         "one that pretrain.py or a later stage wrote, or hub:ORG/NAME")
     return path
 
 

@@ -379,7 +379,7 @@ def broken(models, tok, tmp_path_factory):
     ("untaught", ["--mode=chat", "--prompt=x"], r".*untaught cannot chat: .*template is not ChatML.*"),
     ("nan", ["--prompt=x"], r".*nan .*model.layers.0.mlp.up_proj.weight holds .* not finite.*"),
     ("unfit", ["--prompt=x"], r"the tokenizer in .*unfit has \d+ ids and its model 384; .*"),
-    ("none", ["--prompt=x"], r".*none' is not a model directory: it has no config.json"),
+    ("none", ["--prompt=x"], r".*none' is not a model directory: it has no config.json; give one that .*"),
     ("base", ["--system=x", "--prompt=x"], r"--system is for chats, but .*base is a base model; .*"),
     ("chat", ["--mode=talk", "--prompt=x"], "mode must be auto, chat or base, got 'talk'"),
     ("chat", ["--temperature=-1", "--prompt=x"], "temperature must be .*, got -1.0")])
