@@ -255,7 +255,8 @@ def clean_text(config):
     print(report.summary(facts))
     seconds = time.perf_counter() - started
     print(f"{total['bytes_in'] / 1e6:,.1f} MB in {seconds:.1f} s, {total['bytes_in'] / 1e6 / seconds:.1f} MB/s; "
-          f"report: {out_dir}/report.html; next: python data.py --sources={out_dir}/documents")
+          f"report: {out_dir}/report.html; next: python data.py --sources={out_dir}/documents "
+          f"--out_dir={out_dir}/text")
 
 
 def gathered(parts, n_parts, settings, corpus, passes):

@@ -360,7 +360,7 @@ def run(config):
     write_atomic(path, "".join(lines).encode())
     report.write(out_dir, facts)
     print(report.summary(facts))
-    print(f"next: python data.py --kind={kind} --sources={path}")
+    print(f"next: python data.py --kind={kind} --sources={path} --out_dir={out_dir}/{kind}")
 
 
 def histograms(rows, reasons, name, scores):

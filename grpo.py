@@ -269,6 +269,8 @@ def main(config):
                          "with; begin from a model that sft.py wrote")
     if tokenizer.chat_end_id not in model.config.stop_ids:
         model.config.end_ids += (tokenizer.chat_end_id,)    # chat.py and eval.py know a chat model by it
+        run.print(f"{init_from} was not trained to chat: its answers seldom end, and few get a reward; begin from a "
+                  "model that sft.py wrote")
     began = weights_fingerprint(model)
     if run.state and run.state["extra"].get("began", began) != began:
         raise SystemExit(f"grpo.py: --resume=true, but {init_from} is not the model that this run began from; restore "

@@ -180,7 +180,7 @@ def transcript(conversation):
 
 def endpoint(url, model, key_env="", **how):
     """A judge behind an OpenAI-compatible endpoint; `how` as in completions."""
-    complete = completions(url, model, key_env, **how)
+    complete = completions(url, model, key_env=key_env, **how)
 
     def verdict(reply):
         found = VERDICT.findall(reply)
@@ -198,7 +198,7 @@ def endpoint(url, model, key_env="", **how):
 def rater(url, model, key_env="", **how):
     """A function rate(conversation) -> 1.0 to 10.0, or None, of its last answer alone, by an OpenAI-compatible endpoint
     (as Chen et al. 2023, arXiv:2307.08701, choose instruction data); `how` as in completions."""
-    complete = completions(url, model, key_env, **how)
+    complete = completions(url, model, key_env=key_env, **how)
 
     def rating(reply):
         found = RATING.findall(reply)

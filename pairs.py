@@ -141,7 +141,8 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in sum(notes, Counter()).items() if count)
             if not keys:
                 raise ValueError(f"no row of {from_model or sources} can be used"
-                                 + (f": {left_out}" if left_out else "; there is none"))
+                                 + (f": {left_out}" if left_out else "; there is none")
+                                 + ("; train it longer, or raise --questions or --samples" if from_model else ""))
             for name, least in (("margin", min_margin), ("agreement", min_agreement)):
                 if least > 0 and not counts[name]:
                     raise ValueError(f"min_{name}={least:g} has nothing to look at: there is no {name} in any row")

@@ -245,7 +245,7 @@ def main(config):
     else:
         run.print(f"{out_dir}: {val_loss:.4f} nats per token, {score:.4f} bits per byte on held-out text after "
                   f"{run.clock():.1f} s; talk to it: python chat.py --model={out_dir}; score it: python eval.py "
-                  f"--model={out_dir} --tasks=bpb --text={folders[0]}")
+                  f"--model={out_dir} --tasks=bpb --text={','.join(folders)}")
 
 
 if __name__ == "__main__":
