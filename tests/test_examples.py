@@ -195,7 +195,7 @@ def test_a_judge_that_never_answers_is_one_sentence_with_its_reason(monkeypatch)
 
 
 def test_a_rating_is_a_number_from_1_to_10(monkeypatch):
-    monkeypatch.setattr(judge, "completions", lambda url, model: replies)
+    monkeypatch.setattr(judge, "completions", lambda url, model, key_env="": replies)
 
     def replies(messages, read, missing):
         return read(messages[1]["content"].split("<answer>\n")[1].split("\n")[0])
