@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a prompt, S columns of the cache, C channels, H head
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, decode_attention, keys_seen, linear, rms_norm, rotate
+from kernels import attention, decode_attention, keys_seen, linear, rms_norm, rotate, swiglu
 from model import Linear, rope, rope_frequencies
 
 BLOCK = 256                 # columns by which the cache grows
@@ -50,7 +50,7 @@ class Decoder:
             q, k = rotate(qk, cos, sin).split((config.n_head, config.n_kv_head), 2)
             x = x + linear(attend(i, q, k, v).flatten(2), out)
             gate, up = linear(rms_norm(x, norm_2, eps), gate_up).chunk(2, -1)
-            x = x + linear(F.silu(gate) * up, down)
+            x = x + linear(swiglu(gate, up), down)
         return rms_norm(x, self.norm, eps)
 
     def logits(self, hidden):

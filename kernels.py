@@ -1,4 +1,5 @@
-"""The operations worth writing by hand, in plain torch: attention, decode_attention, linear_logprob, rms_norm, rotate.
+"""The operations worth writing by hand, in plain torch: attention, decode_attention, linear_logprob, and the cheap ones
+between products, rms_norm, rotate and swiglu.
 
 Each is one function with one meaning on every device; the fastest way to compute it is chosen inside.
 Shape letters: B sequences, T tokens, H heads, D head width, C channels, V vocabulary, N tokens in all.
@@ -14,7 +15,10 @@ import triton_kernels
 import triton_logprob
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
-LOGIT_BYTES = 32 << 20      # of one chunk in linear_logprob: near the cache on CPU, little memory anywhere
+PLAIN = {torch.bfloat16: 4096}      # tokens of a row up to which plain products beat torch's fused attention on CPU
+KEPT = 512                  # up to which they keep probabilities for backward: it is faster, and takes T numbers a token
+LOGIT_BYTES = 32 << 20      # of one chunk of logits in linear_logprob, which a product wants large,
+BLOCK_BYTES = 2 << 20       # and of the fp32 rows of it that a softmax works on, which want to stay in the cache
 
 
 # --- attention ---
@@ -48,23 +52,17 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
 
 
 def masked_attention(q, k, v, allowed=None, impl="auto"):
-    """attention on (B, H, T, D); allowed (B or 1, 1, T, T) bool says which query sees which key, None: causal."""
-    T, H = q.size(2), q.size(1)
+    """attention on (B, H, T, D); allowed (B or 1, 1, T, T) bool says which of the keys up to itself a query sees, None:
+    all of them."""
     if impl == "auto":
-        # on CPU torch's fused backward loses to plain products up to these lengths (docs/log.md)
-        short = T <= (512 if q.dtype == torch.bfloat16 else 128)
+        short = q.size(2) <= PLAIN.get(q.dtype, 1024)
         impl = "plain" if q.device.type == "cpu" and short else "sdpa"
     if impl == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != k.size(1))
+        return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None,
+                                              enable_gqa=q.size(1) != k.size(1))
     if impl != "plain":
         raise ValueError(f"attention impl must be auto, plain, sdpa or triton, got {impl!r}")
-    if H != k.size(1):
-        k, v = (x.repeat_interleave(H // k.size(1), 1) for x in (k, v))
-    if allowed is None:
-        bias = causal_bias(T, q.dtype, q.device)
-    else:
-        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -1e30)
-    return PlainAttention.apply(q, k, v, bias)
+    return PlainAttention.apply(q, k, v, allowed)
 
 
 def bidirectional_attention(q, k, v, cu_seqlens=None):
@@ -124,12 +122,6 @@ def keys_seen(lengths, T, S, start=None, window=0):
     return seen
 
 
-@functools.lru_cache(maxsize=8)
-def causal_bias(T, dtype, device):
-    """(T, T): 0 where query t sees key s <= t, -1e30 elsewhere."""
-    return torch.full((T, T), -1e30, dtype=dtype, device=device).triu_(1)
-
-
 def visible(B, T, cu_seqlens, window, device):
     """(B, 1, T, T) bool, or (T, T) without documents: whether query t sees key s."""
     t = torch.arange(T, device=device)
@@ -166,28 +158,70 @@ def document_ids(cu_seqlens, n_tokens):
 
 
 class PlainAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D) + bias) v by batched products; keeps only the probabilities."""
+    """Causal softmax attention by batched products, a block of queries at a time against the keys up to its end."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):
+    def forward(ctx, q, k, v, allowed):
         B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        if bias.dim() == 4:
-            bias = bias.expand(B, H, T, T).reshape(B * H, T, T)
-        p = torch.softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D ** -0.5), -1)
-        ctx.save_for_backward(q, k, v, p)
-        return torch.bmm(p, v).view(B, H, T, D)
+        K = k.size(1)
+        k, v = (x.reshape(B * K, T, D) for x in (k, v))
+        out = q.new_empty(B, T, H, D).transpose(1, 2)               # lies in memory as what follows wants it
+        kept = []
+        for first, last in query_blocks(T, q.dtype):
+            p = probabilities(q, k, allowed, first, last)
+            out[:, :, first:last] = torch.bmm(p, v[:, :last]).view(B, H, -1, D)
+            kept += [p] if T <= KEPT and any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(q, k, v, allowed, *kept)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, p = ctx.saved_tensors
-        shape, scale = grad.shape, q.size(-1) ** -0.5
-        grad = grad.reshape(q.shape)
-        dv = torch.bmm(p.transpose(1, 2), grad)
-        ds = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
-        dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)
-        dk = torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=scale)
-        return dq.view(shape), dk.view(shape), dv.view(shape), None
+        q, k, v, allowed, *kept = ctx.saved_tensors
+        B, H, T, D = q.shape
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for i, (first, last) in reversed(list(enumerate(query_blocks(T, q.dtype)))):
+            p = kept[i] if kept else probabilities(q, k, allowed, first, last)
+            q_block, dout = (x[:, :, first:last].reshape(len(k), -1, D) for x in (q, grad))
+            ds = torch._softmax_backward_data(torch.bmm(dout, v[:, :last].transpose(1, 2)), p, -1, p.dtype)
+            dq[:, :, first:last] = torch.baddbmm(q_block, ds, k[:, :last], beta=0, alpha=D ** -0.5).view(B, H, -1, D)
+            dk_block = torch.baddbmm(k[:, :last], ds.transpose(1, 2), q_block, beta=0, alpha=D ** -0.5)
+            dv_block = torch.bmm(p.transpose(1, 2), dout)
+            if last == T:                                           # the first one: it sees all keys
+                dk, dv = dk_block, dv_block
+            else:
+                dk[:, :last] += dk_block
+                dv[:, :last] += dv_block
+        return dq, dk.view(B, -1, T, D), dv.view(B, -1, T, D), None
+
+
+def query_blocks(T, dtype):
+    """[(first, last)] of T tokens: shorter blocks compute less of what causality hides, longer ones run faster."""
+    size = 256 if dtype == torch.bfloat16 and T > 512 else 128      # docs/log.md
+    return [(first, min(T, first + size)) for first in range(0, T, size)]
+
+
+def probabilities(q, k, allowed, first, last):
+    """(B*K, G * (last - first), last): the softmax of the queries of [first, last) over the keys before `last`, query
+    heads that share a key head as rows of one product. q is (B, H, T, D), k (B*K, T, D)."""
+    B, H, _, D = q.shape
+    rows, keys = q[:, :, first:last].reshape(len(k), -1, D), k[:, :last].transpose(1, 2)
+    hidden = later(last - first, q.dtype, q.device)
+    if allowed is None and not first and len(k) == B * H:           # in one pass
+        return torch.softmax(torch.baddbmm(hidden, rows, keys, alpha=D ** -0.5), -1)
+    logits = torch.baddbmm(hidden[:1, :1], rows, keys, beta=0, alpha=D ** -0.5)
+    by_head = logits.view(B, H, last - first, last)
+    if allowed is None:
+        by_head[..., first:] += hidden
+    else:
+        by_head.masked_fill_(~allowed[..., first:last, :last], -1e30)
+    return torch.softmax(logits, -1)
+
+
+@functools.lru_cache(maxsize=16)
+def later(T, dtype, device):
+    """(T, T): -1e30 where key s comes after query t, else 0."""
+    with torch.inference_mode(False):
+        return torch.full((T, T), -1e30, dtype=dtype, device=device).triu_(1)
 
 
 # --- attention within documents ---
@@ -267,16 +301,16 @@ class Gather(torch.autograd.Function):
 
 
 class Scatter(torch.autograd.Function):
-    """(N, H, D): the heads of rows (M * H, D) back in the batch's order; copies are left out."""
+    """(N, C): the rows (M, C) of padded tokens back in the batch's order; copies are left out."""
 
     @staticmethod
-    def forward(ctx, rows, documents, H):
-        ctx.shape, ctx.home = rows.shape, documents.places(H)[documents.home].flatten()
-        return rows.index_select(0, ctx.home).view(-1, H, rows.size(-1))
+    def forward(ctx, rows, home):
+        ctx.shape, ctx.home = rows.shape, home
+        return rows.index_select(0, home)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.home, grad.reshape(-1, ctx.shape[-1])), None, None
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.home, grad), None
 
 
 def document_attention(q, k, v, documents):
@@ -285,9 +319,9 @@ def document_attention(q, k, v, documents):
     rows = [Gather.apply(x, documents, is_key) for x, is_key in ((q, False), (k, True), (v, True))]
     groups = [x.split([n * heads * L for n, L in documents.shapes])
               for x, heads in zip(rows, (q.size(2), k.size(2), v.size(2)))]
-    out = [masked_attention(*(x.view(n, -1, L, D) for x in group)).reshape(-1, D)
+    out = [masked_attention(*(x.view(n, -1, L, D) for x in group)).transpose(1, 2).reshape(n * L, -1)
            for (n, L), *group in zip(documents.shapes, *groups)]
-    return Scatter.apply(torch.cat(out), documents, q.size(2)).view(q.shape)
+    return Scatter.apply(torch.cat(out), documents.home).view(q.shape)
 
 
 @functools.lru_cache(maxsize=8)
@@ -395,6 +429,29 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+# --- SwiGLU ---
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, of which the composite would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+    if gate.device.type == "cpu":
+        return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return F.silu(gate) * up
+
+
 # --- head ---
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False, want_hits=False, impl="auto"):
@@ -418,52 +475,63 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy, want_hits):
-        N, V = hidden.size(0), weight.size(0)
-        rows = max(1, LOGIT_BYTES // (4 * V))
-        lse = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        logp, entropy = torch.empty_like(lse), torch.empty_like(lse) if want_entropy else None
-        hits = torch.empty_like(lse, dtype=torch.bool) if want_hits else None
+        N = hidden.size(0)
         ignored = targets == -100
         targets = targets.masked_fill(ignored, 0).unsqueeze(-1)
-        for chunk in (slice(i, i + rows) for i in range(0, N, rows)):
-            logits = scaled_logits(hidden[chunk], weight, temperature)
-            lse[chunk] = torch.logsumexp(logits, -1)
-            logp[chunk] = logits.gather(-1, targets[chunk]).squeeze(-1) - lse[chunk]
-            if want_entropy:
-                entropy[chunk] = lse[chunk] - (torch.softmax(logits, -1) * logits).sum(-1)
-            if want_hits:
-                hits[chunk] = logits.argmax(-1) == targets[chunk].squeeze(-1)
+        logp = torch.empty(N, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logp) if want_entropy else None
+        hits = torch.empty_like(logp, dtype=torch.bool) if want_hits else None
+        logits, chunks = None, row_chunks(hidden, weight)
+        for chunk, blocks in chunks:
+            logits = hidden[chunk] @ weight.t()
+            for here, rows in blocks:
+                logp_RV = torch.log_softmax(scaled(logits[rows], temperature), -1, dtype=torch.float32)
+                logp[here] = logp_RV.gather(-1, targets[here]).squeeze(-1)
+                if want_entropy:
+                    entropy[here] = -(logp_RV.exp() * logp_RV).sum(-1)
+                if want_hits:
+                    hits[here] = logp_RV.argmax(-1) == targets[here].squeeze(-1)
         logp.masked_fill_(ignored, 0)
         more = [column.masked_fill_(ignored, 0) for column in (entropy, hits) if column is not None]
         ctx.mark_non_differentiable(*more)
-        ctx.save_for_backward(hidden, weight, targets, ignored, lse)
-        ctx.rows, ctx.temperature = rows, temperature
-        ctx.kept = logits if 0 < N <= rows else None        # one chunk: backward need not compute it again
+        ctx.save_for_backward(hidden, weight, targets, ignored)
+        ctx.temperature = temperature
+        ctx.kept = logits if len(chunks) == 1 else None     # backward need not compute it again
         return logp, entropy, hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        hidden, weight, targets, ignored, lse = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        dweight = None
+        hidden, weight, targets, ignored = ctx.saved_tensors
+        dhidden, dweight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:             # not of a frozen head
             dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad = (grad.masked_fill(ignored, 0) / ctx.temperature).unsqueeze(-1)
-        lse = lse.unsqueeze(-1)
-        for chunk in (slice(i, i + ctx.rows) for i in range(0, len(hidden), ctx.rows)):
+        for chunk, blocks in row_chunks(hidden, weight):
             logits, ctx.kept = ctx.kept, None
             if logits is None:
-                logits = scaled_logits(hidden[chunk], weight, ctx.temperature)
-            # d logp / d logits = onehot - softmax, in the logits' own memory
-            dlogits = logits.sub_(lse[chunk]).exp_().mul_(-grad[chunk]).scatter_add_(-1, targets[chunk], grad[chunk])
-            dlogits = dlogits.to(hidden.dtype)
-            dhidden[chunk] = dlogits @ weight
-            if dweight is not None:
-                dweight += dlogits.t() @ hidden[chunk]
+                logits = hidden[chunk] @ weight.t()
+            for here, rows in blocks:           # d logp / d logits = onehot - softmax, in the logits' own memory
+                p_RV = torch.softmax(scaled(logits[rows], ctx.temperature), -1, dtype=torch.float32)
+                logits[rows] = p_RV.mul_(-grad[here]).scatter_add_(-1, targets[here], grad[here])
+            dhidden[chunk] = logits @ weight
+            if dweight is not None and dweight.dtype == logits.dtype:
+                dweight.addmm_(logits.t(), hidden[chunk])
+            elif dweight is not None:
+                dweight += logits.t() @ hidden[chunk]
         return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
-def scaled_logits(hidden, weight, temperature):
-    logits = (hidden @ weight.t()).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def row_chunks(hidden, weight):
+    """[(rows of hidden (N, C) whose logits are computed at once, [(rows of hidden, the same of the chunk)])]: of each
+    chunk the blocks that a softmax takes at once."""
+    N, V = hidden.size(0), weight.size(0)
+    size, step = (max(1, n // V) for n in (LOGIT_BYTES // hidden.element_size(), BLOCK_BYTES // 4))
+    step = step if hidden.device.type == "cpu" else size
+    chunks = [(first, min(N, first + size)) for first in range(0, N, size)]
+    return [(slice(*chunk), [(slice(i, min(i + step, chunk[1])), slice(i - chunk[0], min(i + step, chunk[1]) - chunk[0]))
+                             for i in range(*chunk, step)]) for chunk in chunks]
+
+
+def scaled(logits, temperature):
+    return logits if temperature == 1.0 else logits.float() / temperature

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from kernels import attention, bidirectional_attention, linear_logprob, rms_norm, rotate
+from kernels import attention, bidirectional_attention, linear_logprob, rms_norm, rotate, swiglu
 
 
 @dataclasses.dataclass
@@ -197,7 +197,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_hidden, config.n_embd)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
