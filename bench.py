@@ -12,6 +12,7 @@ each ended by a synchronisation. Shape letters: B rows, T tokens of a row, H hea
 """
 import functools
 import importlib.util
+import itertools
 import json as json_lines
 import os
 import platform
@@ -27,6 +28,7 @@ import common
 import engine
 import kernels
 import optim
+import record
 import triton_kernels
 from configurator import configure
 from data import TextBatches
@@ -54,6 +56,7 @@ vocab_size = 4096           # V
 optimizer = "adamw"         # adamw or muon
 compile = False             # torch.compile the model, one graph for its one shape
 nanogpt = ""                # a checkout of nanoGPT, whose model of this shape is measured too
+nanochat = ""               # a checkout of nanochat, the same
 # --- generate ---
 prompt_tokens = 32          # of each prompt
 new_tokens = 64             # sampled after each
@@ -77,7 +80,13 @@ def measure(function, where):
 
 
 def peak_memory(function, where):
-    """Bytes that function() has allocated at most beyond what there was; nan where torch does not count them."""
+    """Bytes of tensors that function() holds at most beyond those there were; nan on MPS, where torch does not say."""
+    if where.type == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(itertools.accumulate(event.nbytes() for event in events), default=0)
     if where.type != "cuda":
         return float("nan")
     before = torch.cuda.memory_allocated()
@@ -243,8 +252,6 @@ def config_of_options():
 
 def bench_train(where, kind):
     """Whole training steps, all parts of them: forward, backward, clipping, update."""
-    if nanogpt and not os.path.exists(os.path.join(nanogpt, "model.py")):
-        raise ValueError(f"there is no nanoGPT at --nanogpt={nanogpt}: it has no model.py")
     matmul = common.matmul_rate(where, kind)
     sheet = next((flops for name, flops in PEAK.items() if where.type == "cuda" and
                   name in torch.cuda.get_device_name(where)), float("nan"))
@@ -252,29 +259,31 @@ def bench_train(where, kind):
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), offsets(where)
     config = config_of_options()
     models = {"ours": lambda: GPT(config)}
-    if nanogpt:
-        models["nanoGPT"] = load_nanogpt
+    models |= {"nanoGPT": load_nanogpt} if nanogpt else {}
+    models |= {"nanochat": functools.partial(load_nanochat, where, kind)} if nanochat else {}
     for name, build in models.items():
         torch.manual_seed(seed)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = build().to(where)
+        model, guard = build().to(where), optim.SpikeGuard(10.0, 10)
         if name == "ours":
             model.model.dtype = kind
-            updates = optim.build(model, optimizer, 1e-4, 1e-3, 0.0, 0.0, (0.9, 0.95), 0.9, 5, kind)
+            updates = optim.build(model, optimizer, 1e-4, 1e-3, 0.0, 0.0, (0.9, 0.95), 0.9, 5, kind, compile)
         else:
             updates = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=where.type == "cuda")
         run = torch.compile(model, dynamic=False) if compile else model
 
-        def step(name=name, model=model, updates=updates, run=run):
+        def step(name=name, model=model, updates=updates, run=run, guard=guard):
             if name == "ours":
                 loss = run(*batch).mean()
-            else:
+            elif name == "nanoGPT":
                 with torch.autocast(where.type, kind, enabled=kind != torch.float32):
                     loss = run(*batch[:2])[1]
+            else:                                               # casts its weights itself
+                loss = run(*batch[:2])
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            updates.step()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            updates.step(guard.accepts(loss.detach(), grad_norm)) if name == "ours" else updates.step()
             updates.zero_grad()
         step()
         memory, rate = peak_memory(step, where), rows * context / measure(step, where)
@@ -290,6 +299,23 @@ def load_nanogpt():
     spec.loader.exec_module(theirs)
     return theirs.GPT(theirs.GPTConfig(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                                        n_embd=n_embd, dropout=0.0, bias=False))
+
+
+def load_nanochat(where, kind):
+    """nanochat's model with torch's attention, its fallback where the kernel that it fetches is not to be had, and with
+    the whole windows that it advises for that."""
+    os.environ["NANOCHAT_DTYPE"] = str(kind).removeprefix("torch.")
+    sys.path.insert(0, nanochat)
+    try:
+        from nanochat import gpt as theirs
+    except ImportError as error:
+        raise ValueError(f"nanochat at --nanochat={nanochat} cannot be imported: {error}") from None
+    with torch.device("meta"):
+        model = theirs.GPT(theirs.GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                                            n_kv_head=n_kv_head or n_head, n_embd=n_embd, window_pattern="L"))
+    model.to_empty(device=where)
+    model.init_weights()
+    return model
 
 
 def bench_generate(where, kind):
@@ -331,7 +357,7 @@ COMMANDS = {"env": bench_env, "attention": bench_attention, "logprob": bench_log
 
 
 def text(value):
-    return common.shorten(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return record.shorten(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table(results):
@@ -353,6 +379,9 @@ def main(command, config):
         raise SystemExit(f"bench.py: optimizer must be adamw or muon, got {optimizer!r}")
     if document >= context:
         raise SystemExit(f"bench.py: --document={document} must be below --context={context}")
+    for name, file in ("nanogpt", "model.py"), ("nanochat", "nanochat/gpt.py"):
+        if config[name] and not os.path.exists(os.path.join(config[name], file)):
+            raise SystemExit(f"bench.py: there is no checkout at --{name}={config[name]}: it has no {file}")
     where = common.pick_device(device)
     kind = common.pick_dtype(dtype, where)
     config_of_options()                                         # refuses a shape that does not fit

@@ -389,6 +389,8 @@ class ChatBatches:
         self.rank, self.world_size, self.packing, self.attributes = rank, world_size, packing, chats.attributes
         self.weights_E = chats.weigh(source_weights)
         self.n_tokens, self.n_examples = len(chats.tokens), len(chats.lengths)
+        fitting = int(np.searchsorted(np.cumsum(np.sort(chats.lengths)), context, "right")) if packing else 1
+        self.most_documents = fitting + 1           # that a row can hold, what pads it being one
         self.packed, self.ends = {}, [0]            # rows of the latest epochs; rows up to the end of each epoch
         first = self.epoch_rows(0)
         if len(first) < rows_per_step:

@@ -1,4 +1,4 @@
-"""The machine under every stage: ranks, device, dtype, seeds, the log, atomic files, exact resume.
+"""The machine under every stage: ranks, device, dtype, seeds, atomic files, exact resume; its log is record.py's.
 
     common.check(config, dict(lr=0))                  refuses what no stage runs with
     run = common.start(config)                        checks out_dir, joins the ranks, prints the machine
@@ -13,20 +13,16 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import sys
 import time
 
 import torch
 import torch.distributed as dist
 
+import record
+
 MAY_CHANGE_ON_RESUME = ("resume", "overwrite", "out_dir", "device", "micro_rows", "micro_pairs", "micro_questions",
                         "compile", "report_to", "curves")
-
-NOT_SHOWN = ("epoch", "num_tokens", "tokens/", "bytes/", "mfu", "completions/m", "clip_ratio/", "sampling/",
-             "rollout_seconds", "update_seconds", "step_time")      # beginnings of names; log.jsonl has everything
-IF_NOT_ZERO = ("skipped_updates", "failed_rewards", "refilled", "stopped_early")
-
 
 def write_atomic(path, content):
     """Writes bytes, or whatever the function `content(file)` writes, to `path`, so that a kill at any moment leaves
@@ -112,6 +108,11 @@ def matmul_rate(device, dtype, seconds=0.1):
     return 2 * n ** 3 / best
 
 
+def exact(x):
+    """A tensor as float64, on the CPU where its device has no such numbers (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -163,13 +164,12 @@ class Run:
         self.device = pick_device(config["device"])
         self.dtype = pick_dtype(config["dtype"], self.device)
         self.extra, self.state, self.stopping = {}, None, False
-        self.log_file = self.bar = self.tracker = None
-        self.last_line = -1.0
+        self.records = None                     # a Log on the first rank, once resume() was called
         self.check_out_dir()
         if "RANK" in os.environ:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         keep_freed_memory()
         self.matmul_flops = matmul_rate(self.device, self.dtype)
         torch.manual_seed(config["seed"])
@@ -186,9 +186,10 @@ class Run:
 
     def print(self, *lines):
         """Prints on the first rank, above the progress bar."""
-        if self.is_main:
-            for line in lines:
-                self.bar.write(line) if self.bar else print(line, flush=True)
+        if self.records:
+            self.records.print(*lines)
+        elif self.is_main:
+            print(*lines, sep="\n", flush=True)
 
     # --- out_dir ---
 
@@ -237,21 +238,15 @@ class Run:
             self.extra = self.state["extra"]
             torch.set_rng_state(self.state["rng"])
         if self.is_main:
-            if self.state is not None:
-                truncate(self.path("log.jsonl"), self.state["log_size"])    # what came after is written again
-            elif os.path.exists(self.path("model.safetensors")):    # overwritten: aside until the new run's first save
-                shutil.rmtree(self.path("replaced"), ignore_errors=True)
+            if self.state is None and os.path.exists(self.path("model.safetensors")):
+                shutil.rmtree(self.path("replaced"), ignore_errors=True)    # overwritten: aside until the first save
                 os.makedirs(self.path("replaced"))
                 for name in ("resume", "best", "curves.png", "log.jsonl", "model.safetensors"):
                     if os.path.exists(self.path(name)):
                         os.replace(self.path(name), self.path("replaced", name))
+            kept = self.state["log_size"] if self.state else 0
+            self.records = record.Log(self.out_dir, self.config, self.clock, kept)
             write_atomic(self.path("options.json"), json.dumps(self.config, indent=2).encode())
-            self.log_file = open(self.path("log.jsonl"), "a" if self.state else "w", encoding="utf-8")
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-                bar = "{percentage:3.0f}% {bar} {elapsed} gone, {postfix}"
-                self.bar = tqdm(total=1000, bar_format=bar, leave=False)
-            self.tracker = start_tracker(self.config.get("report_to", ""), self.config, self.out_dir)
         self.state = None
         self.begin = time.perf_counter()
 
@@ -262,11 +257,9 @@ class Run:
                 model.save(folder)
                 if tokenizer is not None:
                     tokenizer.save(folder)
-            self.log_file.flush()
-            os.fsync(self.log_file.fileno())
             state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), extra=self.extra,
                          rng=torch.get_rng_state(), options=self.config, dtype=str(self.dtype),
-                         log_size=self.log_file.tell(), elapsed=self.clock())
+                         log_size=self.records.saved(), elapsed=self.clock())
             write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
             shutil.rmtree(self.path("replaced"), ignore_errors=True)
         self.barrier()
@@ -283,6 +276,15 @@ class Run:
             model = replicate(model, device_id=self.device)
         return model
 
+    def compiles(self, compile):
+        """Whether the option `compile` asks for torch.compile here: auto means on cuda, if there is a C compiler.
+        ValueError where it cannot be had."""
+        compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        if compile not in ("auto", "true", "false") or compile == "true" and not compiler:
+            raise ValueError("compile must be auto, true or false, and true needs a C compiler; got "
+                             f"{compile!r} and {'a compiler' if compiler else 'no compiler'}")
+        return compile == "true" or compile == "auto" and self.device.type == "cuda" and compiler
+
     def move(self, *tensors):
         """The tensors on this rank's device, copied to a GPU while it computes; None stays None."""
         pinned = self.device.type == "cuda"
@@ -295,12 +297,13 @@ class Run:
             model.set_requires_gradient_sync(now)
 
     def total(self, value):
-        """`value`, a number or tensor, summed over the ranks, as a float64 tensor on the CPU."""
-        value = value.cpu().double() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+        """`value`, a number or tensor, summed over the ranks, as a float64 tensor: of a tensor on a GPU there, and
+        nothing waits for it."""
+        value = exact(value) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
         if self.world_size > 1:
-            value = value.to(self.device if self.device.type == "cuda" else "cpu")
+            value = value.clone()
             dist.all_reduce(value)
-        return value.cpu()
+        return value
 
     def gather(self, items):
         """The ranks' lists as one, in the order of the ranks, on every rank."""
@@ -333,127 +336,18 @@ class Run:
         """True on every rank once any of them got SIGINT or SIGTERM. A second signal ends at once."""
         return bool(self.total(self.stopping)) if self.world_size > 1 else self.stopping
 
-    # --- log ---
-
     def log(self, step, done=None, **metrics):
-        """One record in log.jsonl, and at most one line a second on the console, with the share of the run that is
-        `done` (0 to 1) and the time left. Metrics are numbers or one-element tensors."""
-        if not self.is_main:
-            return
-        metrics = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
-        self.log_file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.tracker:
-            self.tracker(step, metrics)
-        now, left = self.clock(), ""
-        if done and (done > 0.01 or now > 3 and done > 0.001):       # the first steps tell little
-            seconds = int(max(0, now * (1 - done) / done))
-            left = f"{seconds // 60}:{seconds % 60:02d} left"
-        if self.bar:
-            self.bar.n = int(1000 * (done or 0))
-            self.bar.set_postfix_str(left)
-        if now - self.last_line < 1 and not any(name.startswith(("val_", "eval_")) for name in metrics):
-            return
-        self.last_line = now
-        self.log_file.flush()
-        shown = (f"{name} {shorten(value)}" for name, value in metrics.items()
-                 if not name.startswith(NOT_SHOWN) and (value or name not in IF_NOT_ZERO))
-        line = " | ".join([f"step {step:>5}", *shown])
-        self.print(line + (f" | {left}" if left else ""))
+        """Records metrics of a step on the first rank, as record.Log says; no rank waits for its GPU."""
+        if self.is_main:
+            self.records.record(step, done, metrics)
 
     def finish(self):
         """Closes the log, draws curves.png and leaves the ranks."""
-        if self.bar:
-            self.bar.close()
-            self.bar = None
-        if self.is_main and self.log_file:
-            self.log_file.close()
-            if self.config.get("curves", True):
-                draw_curves(self.path("log.jsonl"), self.path("curves.png"))
+        if self.records:
+            self.records.close()
+            self.records = None
+            picture = record.curves(self.path("log.jsonl")) if self.config.get("curves", True) else None
+            if picture:
+                write_atomic(self.path("curves.png"), picture)
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def truncate(path, size):
-    """Cuts a file to `size` bytes; ValueError if it is missing or shorter: then somebody else changed it."""
-    if not os.path.exists(path) or os.path.getsize(path) < size:
-        raise ValueError(f"{path} is missing or shorter than when the state beside it was saved; restore it, or begin "
-                         "again with --overwrite=true")
-    os.truncate(path, size)
-
-
-def shorten(value):
-    """A number in few characters."""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def draw_curves(log_path, png_path):
-    """A picture of every metric in log.jsonl over steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    curves = {}
-    with open(log_path, encoding="utf-8") as f:
-        for record in map(json.loads, f):
-            step = record.pop("step")
-            for name, value in record.items():
-                if isinstance(value, (int, float)):
-                    curves.setdefault(name, ([], []))[0].append(step)
-                    curves[name][1].append(value)
-    if not curves:
-        return
-    rows = -(-len(curves) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(12, 2.8 * rows), squeeze=False)
-    for axis in axes.flat[len(curves):]:
-        axis.axis("off")
-    for axis, (name, (steps, values)) in zip(axes.flat, curves.items()):
-        axis.plot(steps, values, "." if len(values) == 1 else "-", linewidth=1)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    write_atomic(png_path, lambda f: figure.savefig(f, format="png", dpi=110))
-    plt.close(figure)
-
-
-def start_tracker(name, config, out_dir):
-    """A function (step, metrics) that reports to wandb or tensorboard, or None for ""."""
-    if not name:
-        return None
-    if name not in ("wandb", "tensorboard"):
-        raise ValueError(f"report_to must be wandb, tensorboard or empty, got {name!r}")
-    try:
-        if name == "wandb":
-            import wandb
-            wandb.init(project="zero2chat", config=config, dir=out_dir)
-            return lambda step, metrics: wandb.log(metrics, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(f"--report_to={name} needs the package {name}; pip install {name}") from None
-    writer = SummaryWriter(out_dir)
-    return lambda step, metrics: [writer.add_scalar(key, value, step) for key, value in metrics.items()]
-
-
-class SpikeGuard:
-    """Says whether an update should be applied: not when the loss or the gradient norm is not finite, or the norm is
-    `factor` times above the median of the last 100. After `patience` refusals in a row, ValueError. `state()` is what a
-    saved state must hold of it."""
-
-    def __init__(self, factor, patience, norms=(), skipped=0, row=0):
-        self.factor, self.patience, self.norms, self.skipped, self.row = factor, patience, list(norms), skipped, row
-
-    def state(self):
-        return dict(norms=self.norms, skipped=self.skipped, row=self.row)
-
-    def accepts(self, loss, grad_norm):
-        moved = [norm for norm in self.norms if norm]   # no signal at all says nothing of what is usual
-        usual = statistics.median(moved) if len(moved) >= 20 else float("inf")
-        if math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= self.factor * max(usual, 1e-12):
-            self.norms, self.row = (self.norms + [grad_norm])[-100:], 0
-            return True
-        self.skipped, self.row = self.skipped + 1, self.row + 1
-        if self.row >= self.patience:
-            raise ValueError(f"{self.row} updates in a row were skipped: the loss is now {loss:.3g}, the gradient norm "
-                             f"{grad_norm:.3g}, its median {usual:.3g}; begin again, or from the best weights so far "
-                             "(--init_from=OUT_DIR/best), with lower learning rates or more warmup_steps")
-        return False

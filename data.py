@@ -29,6 +29,7 @@ instead: its last val_fraction is held out.
 Letters: B rows, T tokens of context, N tokens of a split.
 """
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -410,6 +411,15 @@ class TextBatches:
         self.repeated = self.n_rows_per_epoch * context - self.tokens_per_epoch     # -100 in the last row
         self.steps_per_epoch = self.n_rows_per_epoch / rows_per_step
         self.orders, self.latest = {}, (None, None)
+
+    @functools.cached_property
+    def most_documents(self):
+        """The most documents, or parts of them, that a row holds; 1 where documents see each other."""
+        if self.doc_offsets is None:
+            return 1
+        starts_R = np.minimum(np.arange(self.n_rows_per_epoch) * self.context, self.tokens_per_epoch - self.context)
+        ends_R = np.searchsorted(self.doc_offsets, starts_R + self.context, "left")
+        return int((ends_R - np.searchsorted(self.doc_offsets, starts_R, "right")).max()) + 1
 
     def read(self, first, n):
         """Indices of the n rows from number `first` on, counted over all epochs."""

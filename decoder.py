@@ -72,7 +72,7 @@ class Cache:
         self.kv = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, dtype=self.dtype,
                               device=self.device)
         self.ids = []
-        self.buckets = {} if self.device.type == "cuda" else None   # batch size: (its step, input, output)
+        self.buckets = {} if self.device.type == "cuda" else None   # (batch size, sampler): its input and its step
 
     @torch.inference_mode()
     def reserve(self, rows, columns):
@@ -116,32 +116,42 @@ class Cache:
         return self.model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
     @torch.inference_mode()
-    def decode(self, active):
-        """(B, V) logits after each row's newest token, which joins the cache."""
+    def decode(self, active, sampler):
+        """(B, 2): token and log-probability of what each row says next; its newest token joins the cache."""
         B = len(active)
         if self.ids is not None and self.ids != active[0].ids[:-1]:
             raise ValueError("the cache was used for something else meanwhile; one conversation at a time")
-        newest = torch.tensor([[row.ids[-1], len(row.ids)] for row in active])      # ids, and how many there are
+        newest = torch.tensor([[row.ids[-1], len(row.ids), row.key, row.made] for row in active])
         columns = int(newest[:, 1].max())
         if self.buckets is None:
             self.reserve(B, columns)
-            logits = self.step(newest.to(self.device), columns)
+            found = sampler(self.step(newest.to(self.device), columns), active)
         else:
             size = 1 << (B - 1).bit_length()                # the next power of two; rows beyond B compute nonsense
             self.reserve(size, columns)
-            if size not in self.buckets:
-                held = torch.ones(size, 2, dtype=torch.long, device=self.device)
-                held[:B] = newest                           # capturing runs the step, on the cache as it is
-                self.buckets[size] = held, captured(lambda: self.step(held, self.kv.size(4)), self.device)
-            held, replay = self.buckets[size]
-            held[:B] = newest
-            logits = replay()[:B]
+            found = self.replayed(newest, size, active, sampler)
         if self.ids is not None:
             self.ids.append(active[0].ids[-1])
-        return logits
+        return found
+
+    def replayed(self, newest, size, active, sampler):
+        """What decode returns, of a step over `size` rows and all columns that is one graph with its sampling."""
+        def step():
+            logits = self.step(held, self.kv.size(4))
+            return sampler.draw(logits, held[:, 2], held[:, 3]) if sampler.captured else logits
+
+        B, kind = len(active), (size, sampler.captured and (sampler.filters, sampler.banned is None))
+        if kind not in self.buckets:
+            held = torch.ones(size, 4, dtype=torch.long, device=self.device)
+            held[:B] = newest                               # capturing runs the step, on the cache as it is
+            self.buckets[kind] = held, captured(step, self.device)
+        held, replay = self.buckets[kind]
+        held[:B] = newest
+        found = replay()[:B]
+        return found if sampler.captured else sampler(found, active)
 
     def step(self, newest, columns):
-        """(B, V) logits of one token a row; newest (B, 2) holds the token and the row's length with it."""
+        """(B, V) logits of one token a row; the first columns of newest are the token and the row's length with it."""
         ids, lengths, place = newest[:, :1], newest[:, 1], newest[:, 1] - 1
         rows, seen = torch.arange(len(newest), device=self.device), keys_seen(lengths, 1, columns)
         kv = self.kv[:, :, :len(newest), :, :columns]

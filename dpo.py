@@ -422,7 +422,7 @@ def main(config):
                           run.dtype)
     run.resume(model, updates)
     run.extra["data"] = held
-    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    guard = optim.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(f"{trained / 1e6:.2f}M of {model.config.n_params() / 1e6:.2f}M parameters trained, {held}; "
               f"{', '.join(f'{w:g} {name}' for name, w in losses.items())}, SFT term {sft:g}, {last_step} steps in all")
@@ -480,9 +480,8 @@ def main(config):
 
         # update
         loss, metrics, n_tokens = finish(counted, train, numbers, kl)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-        if guard.accepts(loss, grad_norm):
-            updates.step()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        updates.step(guard.accepts(loss, grad_norm))
         updates.zero_grad()
 
         # log the whole step

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import math
 
-import numpy as np
 import torch
 
 from common import pick_device, pick_dtype
@@ -124,16 +123,14 @@ def stream(model, prompts, n=1, *, max_new_tokens=128, temperature=1.0, top_k=0,
         free = max_batch - len(active)
         if waiting and (not active or free >= min(len(waiting), max(1, max_batch // 8))):
             group, shared = admit(cache, waiting, len(active), free, context, shared)
-            logits = torch.cat([row.logits for row in group])
-            first = len(active)
+            rows, found = group, sampler(torch.cat([row.logits for row in group]), group)
             active += group
         else:
-            logits, first = cache.decode(active), 0
+            rows, found = active, cache.decode(active, sampler)
 
         # one more token for each of them
-        rows = active[first:]
-        tokens, logps = sampler(logits, rows)
-        for row, token, logp in zip(rows, tokens, logps):
+        for row, (token, logp) in zip(rows, found.tolist()):
+            token = int(token)
             row.ids.append(token)
             row.made += 1
             if token in stop_ids or row.tail and row.tail.ends(token):
@@ -253,30 +250,34 @@ def admit(cache, waiting, first, free, context, shared):
 # --- sampling ---
 
 class Sampler:
-    """Draws one token for each row of logits, with its log-probability."""
+    """Draws one token for each row of logits, with its log-probability. `captured`: whether a CUDA graph may hold it,
+    which it may unless it looks at all that a row holds."""
 
     def __init__(self, config, device, temperature, top_k, top_p, min_p, repetition_penalty):
         pad, known = config.pad_id, range(config.vocab_size)
         banned = pad in known and pad not in config.stop_ids        # where padding also ends a text, it must be sampled
         self.banned = torch.tensor([pad], device=device) if banned else None
         self.penalty, self.filters = repetition_penalty, (temperature, top_k, top_p, min_p)
+        self.captured = repetition_penalty == 1
 
     @torch.inference_mode()
     def __call__(self, logits, rows):
-        """(tokens, log-probabilities) as lists."""
+        """(B, 2) fp32 of rows: token, in which ids are exact, and log-probability."""
+        keys, counts = torch.tensor([[row.key for row in rows], [row.made for row in rows]]).to(logits.device)
+        return self.draw(logits, keys, counts, [row.ids for row in rows])
+
+    def draw(self, logits, keys, counts, seen=None):
+        """What calling it gives. keys and counts (B,) int64 name the random numbers; seen: all ids of each row, for the
+        penalty."""
         if self.banned is not None:
             logits = logits.index_fill(1, self.banned, -torch.inf)
-        liked = logits
-        if self.penalty != 1:
-            liked = penalise(logits, [row.ids for row in rows], self.penalty)
+        liked = logits if self.penalty == 1 else penalise(logits, seen, self.penalty)
         if self.filters[0] == 0:
             token, logp = liked.argmax(-1, keepdim=True), torch.log_softmax(logits, -1)
         else:
             logp = warp(liked, *self.filters)
-            uniform = uniforms([row.key for row in rows], [row.made for row in rows])
-            token = draw(logp, uniform.float().to(logits.device))
-        both = torch.cat([token.float(), logp.gather(1, token)], 1).tolist()       # one transfer; ids are exact in fp32
-        return [int(token) for token, _ in both], [logp for _, logp in both]
+            token = draw(logp, uniforms(keys, counts))
+        return torch.cat([token.float(), logp.gather(1, token)], 1)
 
 
 def warp(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -323,8 +324,14 @@ def draw(logp, uniform):
 
 
 def uniforms(keys, counts):
-    """(B,) numbers in [0, 1): splitmix64 (Steele et al. 2014) of each row's key and its count of tokens."""
-    z = np.array(keys, np.uint64) + (np.array(counts, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0 ** -53)
+    """(B,) fp32 numbers in [0, 1): splitmix64 (Steele et al. 2014) of each row's key and its count of tokens, int64;
+    products wrap around, as they should."""
+    z = keys + (counts + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
+    z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ shifted(z, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return shifted(z ^ shifted(z, 31), 11).float() * 2.0 ** -53
+
+
+def shifted(z, bits):
+    """z >> bits as if z (int64) had no sign."""
+    return (z >> bits) & ((1 << 64 - bits) - 1)

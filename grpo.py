@@ -304,7 +304,7 @@ def main(config):
     run.resume(model, updates)
     run.extra["began"] = began
     questions.rates = run.extra.setdefault("rates", {})
-    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    guard = optim.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(f"{trained / 1e6:.2f}M of {model.config.n_params() / 1e6:.2f}M parameters trained, {P} questions x {G} "
               f"answers of at most {longest} tokens a step, {max_steps} steps in all; {questions.dropped} prompts too "

@@ -16,9 +16,14 @@ import triton_logprob
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
 PLAIN = {torch.bfloat16: 4096}      # tokens of a row up to which plain products beat torch's fused attention on CPU
-KEPT = 512                  # up to which they keep probabilities for backward: it is faster, and takes T numbers a token
+KEPT = 512                  # up to which they keep probabilities for backward: faster, but T numbers a token and head
 LOGIT_BYTES = 32 << 20      # of one chunk of logits in linear_logprob, which a product wants large,
 BLOCK_BYTES = 2 << 20       # and of the fp32 rows of it that a softmax works on, which want to stay in the cache
+
+
+def by_hand(x):
+    """Whether the paths written for the CPU serve x; a compiler makes its own of the composites."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # --- attention ---
@@ -41,7 +46,7 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
         raise ValueError(f"attention window must be 0 (off) or more tokens, got {window}")
     if (cu_seqlens is not None or window or impl == "triton") and triton_kernels.chosen(impl, q, D):
         return triton_kernels.attention(q, k, v, cu_seqlens, window)
-    if cu_seqlens is not None and impl == "auto" and not window and q.device.type == "cpu":
+    if cu_seqlens is not None and impl == "auto" and not window and by_hand(q):
         documents = packed_documents(tuple(cu_seqlens.tolist()), B * T, T, q.device)
         if documents is not None:
             return document_attention(q, k, v, documents)
@@ -55,8 +60,7 @@ def masked_attention(q, k, v, allowed=None, impl="auto"):
     """attention on (B, H, T, D); allowed (B or 1, 1, T, T) bool says which of the keys up to itself a query sees, None:
     all of them."""
     if impl == "auto":
-        short = q.size(2) <= PLAIN.get(q.dtype, 1024)
-        impl = "plain" if q.device.type == "cpu" and short else "sdpa"
+        impl = "plain" if by_hand(q) and q.size(2) <= PLAIN.get(q.dtype, 1024) else "sdpa"
     if impl == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None,
                                               enable_gqa=q.size(1) != k.size(1))
@@ -134,11 +138,6 @@ def visible(B, T, cu_seqlens, window, device):
     return allowed & (document == document.transpose(-1, -2))
 
 
-def check_offsets(cu_seqlens, n_tokens):
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {n_tokens}, got {cu_seqlens.tolist()}")
-
-
 def pad_offsets(cu_seqlens, maximum=0):
     """cu_seqlens with empty documents at the end, `maximum` offsets in all (0: the next power of two): one shape, or a
     few, so as few compiled graphs for any number of documents. ValueError if there are more."""
@@ -150,7 +149,7 @@ def pad_offsets(cu_seqlens, maximum=0):
 
 def document_ids(cu_seqlens, n_tokens):
     """(n_tokens,) int64: the number of the document that each token of the flattened batch belongs to."""
-    check_offsets(cu_seqlens, n_tokens)
+    triton_kernels.check_offsets(cu_seqlens, n_tokens)
     inner = cu_seqlens.long()
     starts = torch.zeros(n_tokens + 1, dtype=torch.long, device=inner.device)
     starts.index_add_(0, inner, torch.ones_like(inner))
@@ -329,7 +328,7 @@ def packed_documents(cu_seqlens, n_tokens, T, device):
     """The Documents between offsets (a tuple); None where rows of T tokens are one document each."""
     if cu_seqlens == tuple(range(0, n_tokens + 1, T)):
         return None
-    check_offsets(torch.tensor(cu_seqlens), n_tokens)
+    triton_kernels.check_offsets(torch.tensor(cu_seqlens), n_tokens)
     ends = sorted({*cu_seqlens, *range(0, n_tokens + 1, T)})
     return Documents([np.arange(a, b) for a, b in zip(ends, ends[1:])], n_tokens, device)
 
@@ -381,7 +380,7 @@ def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype (Zhang & Sennrich, arXiv:1910.07467).
     Without gradients the weight may also be (H, D), one for each head of x (..., H, D)."""
     weight = weight.to(x.dtype)
-    if x.device.type == "cpu":
+    if by_hand(x):
         if torch.is_grad_enabled():
             return RMSNorm.apply(x, weight, eps)
         if x.dtype != torch.float32 or x.numel() > SMALL:
@@ -423,7 +422,7 @@ def turn(x, cos, sin, out, sign):
 def rotate(x, cos, sin):
     """x (B, T, H, D) with each pair (d, d + D/2) turned by its position's angle (Su et al. 2021, arXiv:2104.09864);
     cos and sin are (T, 1, D), or (B, T, 1, D) where rows stand at different positions."""
-    if x.device.type == "cpu":
+    if by_hand(x):
         return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin, attention_layout(x), 1)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
@@ -447,7 +446,7 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
-    if gate.device.type == "cpu":
+    if by_hand(gate):
         return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
     return F.silu(gate) * up
 
@@ -523,14 +522,18 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def row_chunks(hidden, weight):
-    """[(rows of hidden (N, C) whose logits are computed at once, [(rows of hidden, the same of the chunk)])]: of each
-    chunk the blocks that a softmax takes at once."""
+    """[(rows of hidden (N, C) whose logits are computed at once, blocks of them)]; a block is (rows of hidden, the same
+    rows of the chunk), as many as a softmax takes at once."""
     N, V = hidden.size(0), weight.size(0)
-    size, step = (max(1, n // V) for n in (LOGIT_BYTES // hidden.element_size(), BLOCK_BYTES // 4))
-    step = step if hidden.device.type == "cpu" else size
-    chunks = [(first, min(N, first + size)) for first in range(0, N, size)]
-    return [(slice(*chunk), [(slice(i, min(i + step, chunk[1])), slice(i - chunk[0], min(i + step, chunk[1]) - chunk[0]))
-                             for i in range(*chunk, step)]) for chunk in chunks]
+    size = max(1, LOGIT_BYTES // (hidden.element_size() * V))
+    step = max(1, BLOCK_BYTES // (4 * V)) if hidden.device.type == "cpu" else size
+    chunks = []
+    for first in range(0, N, size):
+        last = min(N, first + size)
+        begins = range(first, last, step)
+        blocks = [(slice(i, min(i + step, last)), slice(i - first, min(i + step, last) - first)) for i in begins]
+        chunks.append((slice(first, last), blocks))
+    return chunks
 
 
 def scaled(logits, temperature):

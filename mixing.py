@@ -196,6 +196,11 @@ class MixedBatches:
         self.bytes_per_token_N = np.array([source.attributes.get("text_bytes", 0) / source.n_tokens
                                            for source in self.sources])
 
+    @property
+    def most_documents(self):
+        """The most documents, or parts of them, that a row holds; 1 where documents see each other."""
+        return max(source.most_documents for source in self.sources)
+
     def stage(self, step):
         """Index of the stage that a step belongs to."""
         return int(np.searchsorted(self.begins_S, step, "right")) - 1

@@ -1,4 +1,4 @@
-"""Parameter groups, Muon and AdamW, and the learning-rate schedules.
+"""Parameter groups, Muon and AdamW, the learning-rate schedules, and which updates to skip.
 
 `build` gives Muon to the matrices of the blocks and AdamW to the rest, or AdamW to all; the loop sets each group's
 `lr` to its `peak_lr` times the schedule's `lr_scale`.
@@ -8,14 +8,17 @@ import math
 
 import torch
 
+from record import Fetched
+
 
 def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, momentum, muon_steps=5,
-          dtype=torch.float32):
+          dtype=torch.float32, compiled=False):
     """The optimizer of a model: "muon" (block matrices by Muon at matrix_lr, the rest by AdamW) or "adamw" (all).
 
     The rest are the embedding at embed_lr, and the head, the norms and adapters (lora.py) at lr. Decay falls on
     matrices of the blocks and the head, never on norms, adapters or the embedding. embed_lr = 0 means lr, as does a
-    tied head. Frozen parameters are left out. muon_steps and dtype are those of Muon's iteration.
+    tied head. Frozen parameters are left out. muon_steps and dtype are those of Muon's iteration, which torch.compile
+    fuses if `compiled`.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, got {optimizer!r}")
@@ -33,7 +36,7 @@ def build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, betas, moment
     if optimizer == "adamw":
         groups.append(dict(params=matrices, lr=lr, weight_decay=weight_decay))
         return Optimizers(adamw(groups, betas))
-    muon = [Muon(matrices, matrix_lr, momentum, weight_decay, muon_steps, dtype)] if matrices else []
+    muon = [Muon(matrices, matrix_lr, momentum, weight_decay, muon_steps, dtype, compiled)] if matrices else []
     return Optimizers(*muon, adamw(groups, betas))
 
 
@@ -63,8 +66,16 @@ class Optimizers:
             group["peak_lr"] = group["lr"]
 
     @torch.no_grad()
-    def step(self):
+    def step(self, accepted=None):
+        """One update; none, and no trace of it, where the bool tensor `accepted` is False. A GPU finds that out by
+        itself: nothing waits for it."""
+        if accepted is not None and accepted.device.type == "cpu":
+            if not accepted:
+                return
+            accepted = None
+        refused = None if accepted is None else accepted.logical_not().float()
         for optimizer in self.optimizers:
+            optimizer.found_inf = refused                   # torch's fused AdamW reads it, as Muon does
             inspect.unwrap(type(optimizer).step)(optimizer)
 
     def zero_grad(self):
@@ -90,31 +101,35 @@ class Muon(torch.optim.Optimizer):
     in it: with 5 steps as much as training on 3 to 5 m tokens.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, steps=5, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, steps=5, dtype=torch.float32, compiled=False):
         if steps not in POLAR:
             raise ValueError(f"muon_steps must be one of {', '.join(map(str, POLAR))}, got {steps}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.steps, self.dtype = steps, dtype
+        self.steps, self.dtype, self.found_inf = steps, dtype, None
+        self.orthogonalise = torch.compile(orthogonalise, dynamic=False) if compiled else orthogonalise
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            shapes = {}
+            refused, shapes = self.found_inf, {}            # None, or on a GPU 1 if there is to be no update, else 0
             for p in group["params"]:
                 if p.grad is not None:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                    average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
-                    update = p.grad.lerp(average, momentum)
+                    average = self.state[p]["momentum"]
+                    grad = p.grad if refused is None else average.where(refused > 0, p.grad)
+                    average.lerp_(grad, 1 - momentum)       # towards itself if refused
+                    update = grad.lerp(average, momentum)
                     wide = p.size(0) <= p.size(1)
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append((p, update if wide else update.t()))
             for pairs in shapes.values():
                 params, updates = zip(*pairs)
-                updates = orthogonalise(torch.stack(updates), self.steps, self.dtype).to(params[0].dtype)
+                updates = self.orthogonalise(torch.stack(updates), self.steps, self.dtype).to(params[0].dtype)
+                updates, share = (updates, 1.0) if refused is None else (updates * (1 - refused), 1 - refused)
                 for p, update in zip(params, updates):
                     if group["weight_decay"]:
-                        p.mul_(1 - lr * group["weight_decay"])
+                        p.mul_(1 - lr * group["weight_decay"] * share)
                     wide = p.size(0) <= p.size(1)
                     p.add_(update if wide else update.t(), alpha=-lr * math.sqrt(max(1, p.size(0) / p.size(1))))
 
@@ -159,3 +174,40 @@ def lr_scale(step, progress, schedule, warmup_steps, decay_fraction=1.0, final=0
     else:
         raise ValueError(f"schedule must be cosine, wsd or constant, got {schedule!r}")
     return warm * (final + (1 - final) * fall)
+
+
+class SpikeGuard:
+    """Says whether an update should be applied: not when the loss or the gradient norm is not finite, or the norm is
+    `factor` times above the median of the last 100 that were accepted. After `patience` refusals in a row, ValueError,
+    on a GPU a step late. `state()` is what a saved state must hold of it."""
+
+    def __init__(self, factor, patience, norms=(), skipped=0, row=0):
+        self.factor, self.patience, self.waiting = factor, patience, None
+        self.norms = torch.tensor([math.nan] * (100 - len(norms)) + list(norms), dtype=torch.float32)
+        self.skipped, self.row = torch.tensor(skipped), torch.tensor(row)
+
+    def state(self):
+        return dict(norms=self.norms[~self.norms.isnan()].tolist(), skipped=int(self.skipped), row=int(self.row))
+
+    @torch.no_grad()
+    def accepts(self, loss, grad_norm):
+        """Bool tensor, decided where grad_norm is: nothing waits for a GPU."""
+        grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32)
+        norms, skipped, row, loss = (torch.as_tensor(x).to(grad_norm.device, non_blocking=True) for x in (
+            self.norms, self.skipped, self.row, loss))
+        moved = norms > 0                                   # no signal at all says nothing of what is usual
+        usual = torch.nanquantile(norms.where(moved, math.nan), 0.5).where(moved.sum() >= 20, math.inf)
+        good = loss.isfinite() & grad_norm.isfinite() & (grad_norm <= self.factor * usual.clamp_min(1e-12))
+        self.norms = torch.cat([norms.narrow(0, 1, len(norms) - 1), grad_norm.view(1)]).where(good, norms)
+        self.skipped, self.row = skipped + good.logical_not(), (row + 1).where(good.logical_not(), 0)
+        found = Fetched(dict(row=self.row, loss=loss, grad_norm=grad_norm, usual=usual))
+        due, self.waiting = (self.waiting, found) if found.event else (found, None)
+        if due:
+            self.check(**due.values())
+        return good
+
+    def check(self, row, loss, grad_norm, usual):
+        if row >= self.patience:
+            raise ValueError(f"{row} updates in a row were skipped: the loss is now {loss:.3g}, the gradient norm "
+                             f"{grad_norm:.3g}, its median {usual:.3g}; begin again, or from the best weights so far "
+                             "(--init_from=OUT_DIR/best), with lower learning rates or more warmup_steps")

@@ -310,7 +310,7 @@ def main(config):
     now["began"] = began
     if "critic" in now:
         critic.load_state_dict(now["critic"])
-    guard = common.SpikeGuard(math.inf, spike_patience, **now.get("guard", {}))
+    guard = optim.SpikeGuard(math.inf, spike_patience, **now.get("guard", {}))
     trained = sum(p.numel() for p in actor.parameters() if p.requires_grad)
     run.print(f"{trained / 1e6:.2f}M of the actor's {actor.config.n_params() / 1e6:.2f}M parameters trained, and a "
               f"critic of {sum(p.numel() for p in critic.parameters()) / 1e6:.2f}M; {epochs * minibatches} steps a "

@@ -9,7 +9,6 @@ Shapes: B rows of one forward pass, T tokens of context. A step is one optimizer
 """
 import math
 import os
-import shutil
 
 import torch
 
@@ -89,11 +88,13 @@ def evaluate(model, rows, token_bytes, run):
 
     Bits per byte count the text alone: predictions of special tokens, which have no bytes, are left out of it.
     """
-    total = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of text, bytes
+    total = 0.0                                             # nats, tokens, nats of text, bytes
     for ids_BT, targets_BT, cu_seqlens in rows:
-        nll_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens)).cpu().double()
+        nll_BT = common.exact(model(*run.move(ids_BT, targets_BT, cu_seqlens)))
         bytes_BT = token_bytes[targets_BT.clamp_min(0)] * (targets_BT != -100)
-        total += torch.stack([nll_BT.sum(), (targets_BT != -100).sum(), nll_BT[bytes_BT > 0].sum(), bytes_BT.sum()])
+        n_targets, bytes_BT = (targets_BT != -100).sum(), bytes_BT.to(nll_BT.device)
+        total += torch.stack([nll_BT.sum(), n_targets.to(nll_BT.device), (nll_BT * (bytes_BT > 0)).sum(),
+                              bytes_BT.sum()])
     nats, tokens, text_nats, n_bytes = run.total(total).tolist()
     return nats / tokens, text_nats / math.log(2) / max(1, n_bytes)
 
@@ -114,10 +115,7 @@ def main(config):
     if rest or not accumulation:
         raise SystemExit(f"pretrain.py: rows_per_step={rows_per_step} is not a multiple of micro_rows * ranks = "
                          f"{micro} * {run.world_size}")
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compile not in ("auto", "true", "false") or compile == "true" and not compiler:
-        raise SystemExit("pretrain.py: compile must be auto, true or false, and true needs a C compiler; got "
-                         f"{compile!r} and {'a compiler' if compiler else 'no compiler'}")
+    compiled = run.compiles(compile)
 
     # data
     folders = mixing.open_folders(data, data_stages)        # says now what would be wrong at the first evaluation
@@ -153,20 +151,20 @@ def main(config):
                            eos_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, causal=not mlm))
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
-    compiled = compile == "true" or compile == "auto" and run.device.type == "cuda" and bool(compiler)
     if compiled:
         model.compile(dynamic=False)
 
-    def padded(ids_BT, targets_BT, cu_seqlens):
-        """A batch whose offsets have one of few lengths: a compiled model has a graph for each."""
-        return ids_BT, targets_BT, pad_offsets(cu_seqlens) if compiled and cu_seqlens is not None else cu_seqlens
+    def padded(batch, n_offsets=0):
+        """The batch with as many offsets as any other, or few more: a compiled model has a graph for each number."""
+        *batch, cu_seqlens = batch
+        return *batch, pad_offsets(cu_seqlens, n_offsets) if compiled and cu_seqlens is not None else cu_seqlens
 
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum,
-                          muon_steps, run.dtype)
+                          muon_steps, run.dtype, compiled)
     run.resume(model, updates)
     run.extra["data"] = held
-    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    guard = optim.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     tokens_per_step = rows_per_step * context
     run.print(f"{model.config.n_params() / 1e6:.2f}M parameters, {batches.n_tokens:,} training tokens, "
               f"{batches.steps_per_epoch:,.0f} steps of {tokens_per_step:,} tokens an epoch, " +
@@ -181,7 +179,7 @@ def main(config):
             eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
             held_out = [fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank, run.world_size,
                                    mask_documents, wrote) for folder in folders]
-            held_out = [(padded(*batch) for batch in rows) for rows in held_out]
+            held_out = [map(padded, rows) for rows in held_out]
             scores = [masking.evaluate(model, batches.held_out(rows), run) if mlm else
                       evaluate(model, rows, token_bytes, run) for rows in held_out]
             val_loss, score = mixture.average(scores, second)
@@ -213,7 +211,7 @@ def main(config):
         loss_sum, hits = 0.0, 0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            nll_BT = model(*run.move(*padded(*batches(step, i))), want_hits=mlm)
+            nll_BT = model(*run.move(*padded(batches(step, i), micro * batches.most_documents + 1)), want_hits=mlm)
             if mlm:
                 nll_BT, hits_BT = nll_BT
                 hits += hits_BT.sum()
@@ -221,15 +219,14 @@ def main(config):
             loss_sum += nll_BT.detach().sum()
 
         # update
-        loss = (run.total(loss_sum) / targets_in_step).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-        if guard.accepts(loss, grad_norm):
-            updates.step()
+        loss = run.total(loss_sum) / targets_in_step
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        updates.step(guard.accepts(loss, grad_norm))
         updates.zero_grad()
 
         # log the whole step
         tokens_per_second = tokens_per_step / (run.clock() - begin)
-        right = {"accuracy": (run.total(hits) / targets_in_step).item()} if mlm else {}
+        right = {"accuracy": run.total(hits) / targets_in_step} if mlm else {}
         mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
         run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
                 num_tokens=(step + 1) * tokens_per_step, tokens_per_second=tokens_per_second, mfu=mfu,

@@ -241,7 +241,7 @@ def main(config):
                           run.dtype)
     run.resume(model, updates)
     run.extra["data"], model.bias = held, run.extra.get("bias", model.bias)
-    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    guard = optim.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dropped = "".join(f", {count:,} {reason} dropped" for reason, count in batches.pairs.dropped.items())
     dropped += "".join(f", {count:,} with {what} cut" for what, count in batches.pairs.cut.items())
@@ -305,10 +305,9 @@ def main(config):
             scores.append(torch.stack((chosen_P, rejected_P), -1).detach())
 
         # update
-        loss = (run.total(loss_sum) / pairs_per_step).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-        if guard.accepts(loss, grad_norm):
-            updates.step()
+        loss = run.total(loss_sum) / pairs_per_step
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        updates.step(guard.accepts(loss, grad_norm))
         updates.zero_grad()
 
         # log the whole step

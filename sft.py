@@ -18,6 +18,7 @@ import lora
 import optim
 from chats import ChatBatches, Chats, fixed_chats
 from configurator import configure
+from kernels import pad_offsets
 from model import GPT, fetch
 from rollouts import greedy_accuracy, greedy_tasks, print_samples
 from tokenizer import Tokenizer
@@ -30,6 +31,7 @@ overwrite = False           # replace a run that out_dir already holds
 seed = 1337                 # order and packing of the data, adapters, noise and samples
 device = "auto"             # auto, cuda, mps or cpu
 dtype = "auto"              # activations and products: auto (bf16 where the hardware is fast at it), bf16, fp32
+compile = "auto"            # torch.compile, of packed rows: auto (on cuda with a C compiler), true, false
 # --- data ---
 data = "data/chats"         # folder written by data.py --kind=chats
 context = 0                 # tokens in a row, T; longer than the longest chat; 0: the model's
@@ -93,14 +95,14 @@ def add_noise(model, alpha):
 def token_sums(nll_BT, entropy_BT, hits_BT, targets_BT):
     """(4,) float64 sums over the targets, each counted once whatever its weight: negative log-likelihoods and entropies
     in nats, how many are the likeliest token, and how many there are."""
-    return torch.stack([x.detach().cpu().double().sum() for x in (nll_BT, entropy_BT, hits_BT, targets_BT != -100)])
+    return torch.stack([common.exact(x.detach()).sum() for x in (nll_BT, entropy_BT, hits_BT, targets_BT != -100)])
 
 
 @torch.no_grad()
 def evaluate(model, rows, run):
     """Loss and entropy in nats per trained token, and the share of trained tokens that are the likeliest, over held-out
     chats, exactly: every target once, summed over ranks."""
-    total = torch.zeros(4, dtype=torch.float64)
+    total = 0.0
     for ids_BT, targets_BT, _, cu_seqlens in rows:
         ids_BT, targets_BT, cu_seqlens = run.move(ids_BT, targets_BT, cu_seqlens)
         total += token_sums(*model(ids_BT, targets_BT, cu_seqlens, want_entropy=True, want_hits=True), targets_BT)
@@ -154,6 +156,14 @@ def main(config):
         add_noise(model, neftune)
     model.model.checkpointing = checkpointing
     model = run.parallel(model)
+    compiled = run.compiles(compile) and packing            # rows of one chat each have another length in every batch
+    if compiled:
+        model.compile(dynamic=False)
+
+    def padded(batch, n_offsets=0):
+        """The batch with as many offsets as any other, or few more: a compiled model has a graph for each number."""
+        *batch, cu_seqlens = batch
+        return *batch, pad_offsets(cu_seqlens, n_offsets) if compiled else cu_seqlens
 
     # data
     batches = ChatBatches(data, "train", rows_per_step, micro, T, seed, run.rank, run.world_size, tokenizer, packing,
@@ -168,10 +178,10 @@ def main(config):
 
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum, 5,
-                          run.dtype)
+                          run.dtype, compiled)
     run.resume(model, updates)
     run.extra["data"] = held
-    guard = common.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
+    guard = optim.SpikeGuard(spike_factor, spike_patience, **run.extra.get("guard", {}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(f"{trained / 1e6:.2f}M of {model.config.n_params() / 1e6:.2f}M parameters trained, {held}; "
               f"{batches.efficiency:.1%} of what is processed is real, {last_step} steps in all")
@@ -183,7 +193,7 @@ def main(config):
         # evaluate and save
         if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
             rows = fixed_chats(data, "val", T, micro, eval_examples, run.rank, run.world_size, tokenizer)
-            metrics = evaluate(model, rows, run)
+            metrics = evaluate(model, map(padded, rows), run)
             for task in asked if run.is_main else ():
                 right, formatted = greedy_accuracy(model, tokenizer, task, eval_questions)
                 metrics |= {f"eval_accuracy/{task}": right, f"eval_format/{task}": formatted}
@@ -216,7 +226,8 @@ def main(config):
         loss_sum = sums = 0.0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batches(step, i))
+            batch = padded(batches(step, i), micro * batches.most_documents + 1)
+            ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batch)
             nll_BT = model(ids_BT, targets_BT, cu_seqlens, want_entropy=measured, want_hits=measured)
             if measured:
                 nll_BT, entropy_BT, hits_BT = nll_BT
@@ -226,10 +237,9 @@ def main(config):
             loss_sum += nll.detach()
 
         # update
-        loss = (run.total(loss_sum) / denominator).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-        if guard.accepts(loss, grad_norm):
-            updates.step()
+        loss = run.total(loss_sum) / denominator
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        updates.step(guard.accepts(loss, grad_norm))
         updates.zero_grad()
 
         # log the whole step
@@ -239,8 +249,8 @@ def main(config):
                        num_tokens=run.extra["num_tokens"], tokens_per_second=n_tokens / (run.clock() - begin),
                        skipped_updates=guard.skipped)
         if measured:
-            _, entropy, hits, n = run.total(sums).tolist()
-            metrics.update(entropy=entropy / max(1, n), mean_token_accuracy=hits / max(1, n))
+            _, entropy, hits, n = run.total(sums)
+            metrics.update(entropy=entropy / n.clamp_min(1), mean_token_accuracy=hits / n.clamp_min(1))
         run.log(step, done, **metrics)
 
     run.finish()

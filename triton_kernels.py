@@ -90,6 +90,18 @@ def chosen(impl, x, width=0):
 
 # --- documents as tiles ---
 
+def check_offsets(cu_seqlens, n_tokens):
+    """ValueError unless offsets rise from 0 to n_tokens; on a GPU, which the host does not wait for, and in compiled
+    code a failed assertion."""
+    enough = len(cu_seqlens) > 1
+    rising = enough and (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()
+    message = f"cu_seqlens must rise from 0 to B*T = {n_tokens}"
+    if enough and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+        torch._assert_async(rising, message)
+    elif not rising:
+        raise ValueError(f"{message}, got {cu_seqlens.tolist()}")
+
+
 @torch.library.custom_op("zero2chat::tile_table", mutates_args=())
 def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """(M, 3) int32: first token of each tile, start and end of its document; M depends on shapes alone.
@@ -99,11 +111,7 @@ def tile_table(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     and fail an assertion on a GPU, which the host does not wait for; clamped and sorted, they never lead out of bounds.
     """
     N, device = B * T, cu_seqlens.device
-    rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == N) & (cu_seqlens.diff() >= 0).all()
-    if device.type == "cuda":
-        torch._assert_async(rising, f"cu_seqlens must rise from 0 to B*T = {N}")
-    elif not rising:
-        raise ValueError(f"cu_seqlens must rise from 0 to B*T = {N}, got {cu_seqlens.tolist()}")
+    check_offsets(cu_seqlens, N)
     offsets = torch.cat([cu_seqlens.clamp(0, N), torch.arange(0, N + 1, T, device=device, dtype=cu_seqlens.dtype)])
     offsets = offsets.sort().values
     starts, ends = offsets[:-1], offsets[1:]

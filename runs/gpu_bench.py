@@ -28,10 +28,10 @@ SHAPES = {
                       "--seconds=1 --peers="}
 
 
-def measure(name, arguments, nanogpt):
+def measure(name, arguments, peers):
     """{what: row} of one call of bench.py; empty, with its last words printed, if it fails."""
-    if nanogpt and name == "124M":
-        arguments += f" --nanogpt={nanogpt}"
+    if name == "124M":
+        arguments += "".join(f" --{peer}={path}" for peer, path in peers.items() if path)
     before = os.path.getsize(RESULTS) if os.path.exists(RESULTS) else 0
     call = [sys.executable, "bench.py", *arguments.split(), "--dtype=bf16", f"--json={RESULTS}"]
     try:
@@ -74,16 +74,17 @@ def goals(found):
     yield ("log-probabilities, against whole logits", "", ratio(get("logprob", "whole logits", "ms"),
                                                                 get("logprob", "ours, auto", "ms")), "")
     for name, must in ("124M", 0.38), ("350M", 0.44), ("1.5B", 0.50):
-        ours, theirs = (get(name, what, "tokens_per_second") for what in ("ours", "nanoGPT"))
-        yield f"training MFU, {name}", must, get(name, "ours", "mfu_sheet"), f"{ours} tokens/s; nanoGPT {theirs}"
+        rates = (f"{what} {get(name, what, 'tokens_per_second')}" for what in ("ours", "nanoGPT", "nanochat"))
+        yield f"training MFU, {name}", must, get(name, "ours", "mfu_sheet"), f"tokens/s: {', '.join(rates)}"
     yield "training on packed rows, 124M, tokens/s", "", get("124M, packed", "ours", "tokens_per_second"), ""
     yield "generation, 124M, 1 row, tokens/s", 3500, get("124M, 1 row", "ours", "tokens_per_second"), ""
     yield "generation, 350M, 256 rows, tokens/s", 150_000, get("350M, 256 rows", "ours", "tokens_per_second"), ""
 
 
-def main(nanogpt=""):
+def main(nanogpt="", nanochat=""):
     os.makedirs("out", exist_ok=True)
-    found = {name: measure(name, arguments, nanogpt) for name, arguments in SHAPES.items()}
+    peers = dict(nanogpt=nanogpt, nanochat=nanochat)
+    found = {name: measure(name, arguments, peers) for name, arguments in SHAPES.items()}
     print("| goal | must | is | beside it |\n|---|---|---|---|")
     for goal, must, figure, reference in goals(found):
         shown = "not measured" if figure is None else f"{figure:,.4g}" if isinstance(figure, float) else figure

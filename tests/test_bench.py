@@ -44,7 +44,8 @@ def test_every_command_prints_its_rows_and_appends_them_as_json(tmp_path, comman
     (["speed"], "begin with one of env, attention, logprob, train, generate, data"),
     (["train", "--rows=0"], "--rows must be at least 1, got 0"),
     (["attention", "--peers=flash"], "peers must be of sdpa"), (["train", "--optimizer=sgd"], "adamw or muon"),
-    (["train", "--n_layer=1", "--rows=1", "--context=8", "--nanogpt=nowhere"], "there is no nanoGPT at")])
+    (["train", *TINY, "--nanogpt=nowhere"], "there is no checkout at --nanogpt=nowhere"),
+    (["train", *TINY, "--nanochat=nowhere"], "it has no nanochat/gpt.py")])
 def test_mistakes_end_in_one_sentence(arguments, says):
     assert says in run(*arguments, status=1)
 

@@ -522,6 +522,15 @@ def test_a_first_token_that_is_trained_is_no_target_of_the_example_before(folder
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_no_batch_has_more_offsets_than_rows_of_the_most_documents(folder, packing):
+    found = batches(folder, packing=packing)
+    lengths = [len(found(step, micro)[3]) for step in range(40) for micro in range(2)]
+    assert max(lengths) <= 4 * found.most_documents + 1 and found.most_documents < 100
+    if not packing:
+        assert found.most_documents == 2 and max(lengths) == 4 * 2      # a chat and what pads it, but in the longest
+
+
+@pytest.mark.parametrize("packing", [True, False])
 def test_ranks_and_micro_batches_share_the_same_rows(folder, packing):
     one = batches(folder, 8, 8, packing=packing)
     for micro_rows, world_size in ((1, 1), (4, 1), (2, 2), (1, 4)):

@@ -549,7 +549,11 @@ def test_document_bounds_are_those_of_a_naive_loop(tmp_path):
         ids_BT, _, cu_seqlens = batches(step, 0)
         expected = [i for i, id in enumerate(ids_BT.flatten().tolist()) if id in starts or i % 32 == 0] + [8 * 32]
         assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == expected
-    assert data.TextBatches(str(tmp_path), "train", 8, 8, 32, seed=0)(0, 0)[2] is None
+        assert len(cu_seqlens) <= 8 * batches.most_documents + 1
+    rows = [batches.gather(np.array([row]))[2] for row in range(batches.n_rows_per_epoch)]
+    assert batches.most_documents == max(map(len, rows)) - 1 > 3
+    whole = data.TextBatches(str(tmp_path), "train", 8, 8, 32, seed=0)
+    assert whole(0, 0)[2] is None and whole.most_documents == 1
 
 
 @pytest.mark.parametrize("n, max_tokens, ranks", [(101, 0, 1), (105, 0, 1), (105, 42, 1), (105, 4, 1), (105, 0, 3),

@@ -72,10 +72,13 @@ def test_logits_of_every_step_equal_the_uncached_ones(monkeypatch):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(monkeypatch):
-    """What a CUDA graph does: capturing runs the step, and a replay computes a power of two of rows and all columns."""
+@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.8, top_k=9, top_p=0.9),
+                                      dict(temperature=1.0, repetition_penalty=1.2)])
+def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(monkeypatch, sampling):
+    """What a CUDA graph does: capturing runs the step with its sampling, but for a penalty, which looks at all ids; a
+    replay computes a power of two of rows and all columns."""
     model, prompts = tiny(context=600), ragged(21)
-    options = dict(max_new_tokens=300, max_batch=11, seed=1, temperature=0, stop=())
+    options = dict(max_new_tokens=300, max_batch=11, seed=1, stop=(), **sampling)
     expected = engine.generate(model, prompts, **options)
     captures = []
     monkeypatch.setattr(decoder, "captured", lambda step, device: captures.append(step()) or step)
@@ -87,7 +90,10 @@ def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(monkeypatch
     monkeypatch.setattr(engine, "Cache", Bucketed)
     got = engine.generate(model, prompts, **options)
     assert {len(logits) & len(logits) - 1 for logits in captures} == {0} and len(captures) == 2
+    assert {x.size(1) for x in captures} == {VOCAB if "repetition_penalty" in sampling else 2}
     assert [s.tokens for s in got] == [s.tokens for s in expected]
+    for a, b in zip(got, expected):
+        assert a.logp == pytest.approx(b.logp, abs=1e-5)
 
 
 def test_a_decoder_in_bf16_computes_what_the_model_does_and_leaves_it_alone():
@@ -185,12 +191,24 @@ def test_samples_follow_the_distribution():
 
 
 def test_uniform_numbers_are_uniform_and_repeat():
-    u = engine.uniforms(list(range(1000)) * 20, [i // 1000 for i in range(20000)])
-    assert 0 <= u.min() and u.max() < 1 and u.dtype == torch.float64
+    u = engine.uniforms(torch.arange(1000).repeat(20), torch.arange(20000) // 1000)
+    assert 0 <= u.min() and u.max() < 1 and u.dtype == torch.float32
     assert torch.histc(u, 20, 0, 1).sub(1000).abs().max() < 6 * 1000 ** 0.5
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
-    assert torch.equal(u[:5], engine.uniforms(list(range(5)), [0] * 5))
-    assert len(set(u.tolist())) == 20000
+    assert torch.equal(u[:5], engine.uniforms(torch.arange(5), torch.zeros(5, dtype=torch.long)))
+    assert len(set(u.tolist())) > 19950                     # of 2^24 and more numbers
+
+
+def test_uniform_numbers_are_splitmix64s():
+    def splitmix64(state):                                  # with Python's integers, which have no end
+        z = (state + 0x9E3779B97F4A7C15) % 2 ** 64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2 ** 64
+        return z ^ z >> 31
+    assert splitmix64(0) == 0xE220A8397B1DCDAF              # of the published generator seeded with 0
+    for key, count in (0, 0), (5, 3), (2 ** 63 - 1, 7), (123456789123456789, 10 ** 6):
+        expected = (splitmix64((key + count * 0x9E3779B97F4A7C15) % 2 ** 64) >> 11) * 2.0 ** -53
+        assert engine.uniforms(torch.tensor([key]), torch.tensor([count])).item() == pytest.approx(expected, abs=1e-7)
 
 
 def test_the_padding_token_is_never_sampled_however_likely():

@@ -12,7 +12,8 @@ ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 BELOW = {"cleaners": set(), "filters": set(), "raw": {"sources"}, "report": {"common"},
          "configurator": set(), "vocabulary": set(), "unigram": {"vocabulary"},
-         "tokenizer": {"unigram", "vocabulary"}, "masking": set(), "optim": set(), "common": set(), "sources": set(),
+         "tokenizer": {"unigram", "vocabulary"}, "masking": set(), "record": set(), "optim": {"record"},
+         "common": {"record"}, "sources": set(),
          "triton_kernels": set(), "triton_decode": {"triton_kernels"}, "triton_logprob": {"triton_kernels"},
          "kernels": {"triton_kernels", "triton_decode", "triton_logprob"},
          "model": {"kernels", "common"}, "lora": {"common", "model"}, "decoder": {"kernels", "model"},

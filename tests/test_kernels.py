@@ -63,6 +63,38 @@ def test_attention_equals_the_naive_loop_in_values_and_gradients(T, groups, docu
             torch.testing.assert_close(x.grad, y.grad.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("T, kept", [(128, 512), (129, 512), (300, 512), (300, 0), (384, 0)])
+@pytest.mark.parametrize("groups, window, documents", [(1, 0, False), (2, 0, False), (4, 40, False), (2, 0, True)])
+def test_blocks_of_queries_equal_masked_attention_in_float64(monkeypatch, T, kept, groups, window, documents):
+    monkeypatch.setattr(kernels, "KEPT", kept)                          # 0: probabilities are computed again
+    inputs, upstream = random_qkv(2, T, groups), torch.randn(2, T, 4, 6)
+    cu_seqlens = random_documents(2 * T, seed=T) if documents else None
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = attention(*exact, cu_seqlens, window, "sdpa")
+    expected.backward(upstream.double())
+    ours = [x.clone().requires_grad_() for x in inputs]
+    out = attention(*ours, cu_seqlens, window, "plain")
+    out.backward(upstream)
+    torch.testing.assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+    for x, y in zip(ours, exact):
+        torch.testing.assert_close(x.grad, y.grad.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_in_bf16_of_more_than_one_block_are_near_the_exact_ones():
+    inputs = [x.bfloat16() for x in random_qkv(1, 700, 2)]              # blocks of 256
+    expected = attention(*(x.double() for x in inputs), impl="sdpa")
+    torch.testing.assert_close(attention(*inputs, impl="plain").double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_long_rows_keep_no_probabilities_for_backward():
+    def kept(T):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda _: None):
+            attention(*(x.requires_grad_() for x in random_qkv(1, T, 1)), impl="plain")
+        return max(sizes)
+    assert kept(513) == 513 * 4 * 6 and kept(512) > 10 * kept(513)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_in_bf16_is_near_the_exact_one(impl, documents):
@@ -187,6 +219,23 @@ def test_rms_norm_in_bf16_takes_its_statistics_in_fp32():
     torch.testing.assert_close(out.double(), exact_norm(x.double(), weight.double(), 1e-6), atol=0, rtol=1e-2)
 
 
+# --- SwiGLU ---
+
+def test_swiglu_is_the_formula_in_values_and_gradients_and_keeps_its_arguments_alone():
+    torch.manual_seed(0)
+    gate, up = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        out = kernels.swiglu(gate, up)
+    torch.testing.assert_close(out, gate / (1 + (-gate).exp()) * up)
+    assert sorted(kept) == sorted([gate.data_ptr(), up.data_ptr()])
+    assert torch.autograd.gradcheck(kernels.swiglu, (gate, up))
+    with torch.no_grad():
+        before = gate.clone(), up.clone()
+        torch.testing.assert_close(kernels.swiglu(gate, up), out)
+        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
 # --- rotary positions ---
 
 def angles(T, D, dtype=torch.float64):
@@ -255,10 +304,12 @@ def logprob_and_gradients(hidden, weight, targets, upstream, **options):
     return logp.detach(), hidden.grad, weight.grad
 
 
-@pytest.fixture(params=["one chunk", "many chunks", "a token each"])
+@pytest.fixture(params=["one chunk", "many chunks", "many blocks", "a token each"])
 def chunking(request, monkeypatch):
-    rows = {"one chunk": 10**6, "many chunks": 4, "a token each": 0}[request.param]
+    rows, block = {"one chunk": (10**6, 10**6), "many chunks": (4, 10**6), "many blocks": (7, 3),
+                   "a token each": (0, 0)}[request.param]
     monkeypatch.setattr(kernels, "LOGIT_BYTES", rows * 4 * 37)
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", block * 4 * 37)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import common
 import model as model_file
 import optim
+from kernels import pad_offsets
 from model import GPT, Config
 
 ROOT = Path(model_file.__file__).resolve().parent
@@ -510,6 +511,27 @@ def test_gradient_checkpointing_gives_equal_gradients(documents):
     assert len(calls) == 2 * len(model.model.layers)            # each block ran forward again
     for name in plain:
         torch.testing.assert_close(plain[name], checkpointed[name], msg=name)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_model_compiles_to_one_graph_without_breaks_whatever_its_documents(causal):
+    graphs = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+    model = tiny(causal=causal)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    ids, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
+    for offsets in [0, 5, 32], [0, 1, 2, 9, 16, 32], [0, 32]:
+        cu_seqlens = pad_offsets(torch.tensor(offsets, dtype=torch.int32), 8)
+        nll = compiled(ids, targets, cu_seqlens)
+        torch.testing.assert_close(nll, model(ids, targets, cu_seqlens), atol=1e-5, rtol=1e-5)
+        found = gradients(model, nll.mean())
+        for name, gradient in gradients(model, model(ids, targets, cu_seqlens).mean()).items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

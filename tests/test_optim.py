@@ -2,9 +2,11 @@
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim
 from model import GPT, Config
@@ -276,3 +278,106 @@ def test_progress_by_seconds_decides_the_decay_whatever_the_step():
 def test_an_unknown_schedule_is_a_value_error():
     with pytest.raises(ValueError, match="'linear'"):
         lr_scale(0, 0.0, "linear", 10)
+
+
+# --- which updates to skip ---
+
+def test_spikes_and_non_finite_norms_are_skipped_and_counted_and_too_many_stop_the_run():
+    guard = optim.SpikeGuard(factor=10, patience=3)
+    assert all(guard.accepts(2.0, 1.0 + i / 100) for i in range(30))
+    assert not guard.accepts(float("nan"), 1.0) and not guard.accepts(2.0, float("inf"))
+    assert guard.accepts(2.0, 9.0) and not guard.accepts(2.0, 50.0)
+    assert guard.skipped == 3
+    assert not guard.accepts(2.0, float("nan"))
+    with pytest.raises(ValueError, match="3 updates in a row.*learning rate"):
+        guard.accepts(2.0, float("nan"))
+
+
+def test_the_spike_guard_continues_from_its_state():
+    guard = optim.SpikeGuard(10, 5)
+    for norm in [1.0] * 25 + [float("nan")]:
+        guard.accepts(2.0, norm)
+    again = optim.SpikeGuard(10, 5, **guard.state())
+    assert again.skipped == 1 and again.row == 1 and not again.accepts(2.0, 11.0)
+
+
+def a_step(model, updates, step, accepted=None):
+    """One update, as the GPU decides on it: `accepted` None: it is not asked."""
+    set_gradients(model, step)
+    if accepted is False:
+        for p in model.parameters():
+            p.grad[0] = math.nan
+    for optimizer in updates.optimizers:
+        optimizer.found_inf = None if accepted is None else torch.tensor(float(not accepted))
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_update_that_a_gpu_refuses_leaves_no_trace_and_one_that_it_accepts_is_the_plain_one(optimizer):
+    plain, asked = tiny(), tiny()
+    updates = [optim.build(model, optimizer, **RATES) for model in (plain, asked)]
+    before = [p.detach().clone() for p in asked.parameters()]
+    assert all(map(torch.equal, a_step(asked, updates[1], 9, False), before))
+    for step in range(3):
+        expected = a_step(plain, updates[0], step)
+        assert all(map(torch.equal, a_step(asked, updates[1], step, True), expected))
+        assert all(map(torch.equal, a_step(asked, updates[1], 9, False), expected))
+
+
+def test_a_refused_update_on_cpu_is_not_made():
+    model = tiny()
+    updates = optim.build(model, "muon", **RATES)
+    set_gradients(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    updates.step(torch.tensor(False))
+    assert all(map(torch.equal, model.parameters(), before)) and not updates.optimizers[0].state
+    updates.step(torch.tensor(True))
+    assert not any(map(torch.equal, model.parameters(), before))
+
+
+def test_a_compiled_iteration_of_muon_gives_the_same(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *a: function(*a) if dynamic is False else 0)
+    one, two = tiny(), tiny()
+    for model, compiled in (one, False), (two, True):
+        updates = optim.build(model, "muon", **RATES, compiled=compiled)
+        set_gradients(model, 0)
+        updates.step()
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_update_on_a_gpu_waits_for_nothing(monkeypatch, optimizer):
+    """Tensors without content stand for a GPU's: whatever asks for a value, as .item() does, is an error."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(optim.Fetched, "values", lambda self: dict(row=0, loss=1.0, grad_norm=1.0, usual=1.0))
+    model = tiny()
+    with FakeTensorMode():
+        for name, p in list(model.named_parameters()):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
+        updates, guard = optim.build(model, optimizer, **RATES), optim.SpikeGuard(10, 3)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            accepted = guard.accepts(torch.empty((), dtype=torch.float64, device="cuda"), grad_norm)
+            updates.step(accepted)
+            updates.zero_grad()
+        assert accepted.device.type == "cuda" and guard.waiting.event
+        with pytest.raises(RuntimeError):                   # the test would notice
+            bool(accepted)
+
+
+def test_on_a_gpu_too_many_refusals_stop_the_run_a_step_late(monkeypatch):
+    import record
+
+    class Slow(record.Fetched):                             # as if on its way from a GPU
+        def __init__(self, named):
+            super().__init__(named)
+            self.event = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(optim, "Fetched", Slow)
+    guard = optim.SpikeGuard(10, 2)
+    assert not guard.accepts(math.nan, 1.0) and not guard.accepts(math.nan, 1.0)
+    with pytest.raises(ValueError, match="2 updates in a row"):
+        guard.accepts(2.0, 1.0)

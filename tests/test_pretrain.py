@@ -218,6 +218,19 @@ def test_values_out_of_range_are_one_sentence(folder, tmp_path, flags, words):
     assert result.returncode == 1 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_compiled_model_gets_offsets_of_one_length_and_muon_is_compiled_too(folder, tmp_path):
+    flags = command(folder, tmp_path / "out", "--max_steps=9", "--compile=true", "--mask_documents=true")[2:]
+    result = subprocess.run([sys.executable, "tests/compiled.py", str(tmp_path / "log"), "pretrain.py", *flags],
+                            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CC": "true"})
+    assert result.returncode == 0, result.stderr
+    noted = [json.loads(line) for line in (tmp_path / "log").open()]
+    assert ["orthogonalise", False] in noted
+    trained = [facts for facts in noted if facts[0] == "GPT" and facts[2]]
+    assert len(trained) == 9 and len({tuple(facts) for facts in trained}) == 1 and trained[0][1] is False
+    plain = run(folder, tmp_path / "plain", "--max_steps=9", "--compile=false", "--mask_documents=true")
+    assert plain.returncode == 0 and losses(tmp_path / "plain") == losses(tmp_path / "out")
+
+
 def test_a_held_out_file_that_is_missing_or_cut_is_said_before_training(folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "data")
     os.truncate(broken / "val.h5", os.path.getsize(broken / "val.h5") // 2)

@@ -355,6 +355,22 @@ def test_bad_input_is_one_sentence(folder, tmp_path, flags, said):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_compiled_model_gets_offsets_of_one_length_and_unpacked_rows_are_not_compiled(folder, tmp_path, packing):
+    flags = command(folder, tmp_path / "out", f"--data={folder}/ragged", f"--packing={packing}", "--compile=true")
+    result = subprocess.run([sys.executable, "tests/compiled.py", str(tmp_path / "log"), "sft.py", *flags], cwd=ROOT,
+                            capture_output=True, text=True, env={**os.environ, "CC": "true", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    if packing == "false":
+        assert not (tmp_path / "log").exists()
+        return
+    noted = [json.loads(line) for line in (tmp_path / "log").open()]
+    trained = [facts for facts in noted if facts[2]]
+    assert len(trained) == 18 and len({tuple(facts) for facts in trained}) == 1 and trained[0][1] is False
+    assert run(folder, tmp_path / "plain", f"--data={folder}/ragged").returncode == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "out")
+
+
 @pytest.mark.parametrize("flaw, said", [
     ("no specials", "has no <|im_start|> and <|im_end|> to write chats with; begin from a model whose tokenizer"),
     ("few rows", "has 288 ids and its model 256; begin from a model whose embedding has a row for every id")])
