@@ -193,7 +193,7 @@ def finish(settings, item):
     tally.measure("out", "characters", report.LENGTH_EDGES, [len(document["text"]) for document in written])
     tally.measure_all("out", written, scored.names)
     encoded = b"".join(map(json_line, written))
-    return {"number": number, "documents": gzip.compress(encoded, 3, mtime=0) if written else b"",
+    return {"number": number, "documents": gzip.compress(encoded, 1, mtime=0) if written else b"",
             "facts": tally.facts, "examples": tally.examples}
 
 

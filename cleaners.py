@@ -12,8 +12,12 @@ import itertools
 import re
 import unicodedata
 
+import characters
+import isolated
+
 DEFAULT_STEPS = "mojibake,html,unicode,whitespace"
 NEEDS = {"mojibake": ("ftfy",), "html": ("trafilatura", "selectolax.lexbor"), "wiki": ("mwparserfromhell",)}
+LONGEST = 60                  # seconds that a library of C code may spend on one document
 SURROGATES = re.compile("[\ud800-\udfff]+")
 LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
@@ -38,14 +42,22 @@ def parse_steps(names):
 def clean(text, names):
     """(text, "") after the named steps, without white space around it, or (None, the step that left nothing).
 
-    Half a surrogate pair, which no file can hold, is always repaired, even where no step is named.
+    Half a surrogate pair, which no file can hold, is always repaired, even where no step is named. Where a step hands
+    the text to a library of C code, that is done in a process of its own: "html crashed" or "html took more than 60 s"
+    is then the step that left nothing.
     """
-    if not text.isascii() and SURROGATES.search(text):
+    if SURROGATES.search(characters.odd(text)):
         text = surrogates(text)
     if not text.strip():
         return None, "empty"
     for name in names:
-        text = STEPS[name](text)
+        if name in NEEDS_CARE and NEEDS_CARE[name](text):
+            try:
+                text = isolated.call("cleaners", name, text, LONGEST)
+            except isolated.Lost as lost:
+                return None, f"{name} {lost}"
+        else:
+            text = STEPS[name](text)
         if not text or text.isspace():
             return None, name
     return text, ""
@@ -78,7 +90,7 @@ def mojibake(text):
 
     Only the encoding: quotes, widths, ligatures and entities stay as they are. Pure ASCII cannot be mojibake.
     """
-    if not UNUSUAL.search(text):
+    if not UNUSUAL.search(characters.odd(text)):
         return text
     ftfy = library("ftfy")
     is_bad = ftfy.badness.is_bad
@@ -100,10 +112,12 @@ def whitespace(text):
     """Lines end in \\n; control and invisible characters go; every kind of space is a space. Blanks at the ends of
     lines go, three and more inside a line become one, three and more empty lines two. Indentation, tabs, and the two
     spaces before a comment or after a full stop stay."""
-    if any(map(text.__contains__, "\r\x0b\x0c\x85\u2028\u2029")):        # faster than the expression
+    odd = characters.odd(text)
+    if LINE_ENDS.search(odd):
         text = LINE_ENDS.sub("\n", text)
-    text = INVISIBLE.sub("", text)
-    if not text.isascii():
+    if INVISIBLE.search(odd):
+        text = INVISIBLE.sub("", text)
+    if SPACES.search(odd):
         text = SPACES.sub(" ", text)
     text += "\n"
     if " \n" in text or "\t\n" in text:
@@ -117,6 +131,7 @@ def whitespace(text):
 
 # --- markup ---
 
+FIRST_TAG = re.compile("[\ufeff \t\r\n]*<")
 PAGE = re.compile(r"(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.I | re.S)
 TAG = re.compile(r"</?(?:a|article|b|blockquote|br|center|code|div|em|font|form|h[1-6]|hr|i|iframe|img|input|li|link|"
                  r"main|meta|nav|ol|p|pre|script|section|small|span|strong|style|table|tbody|td|th|tr|u|"
@@ -135,9 +150,9 @@ def html(text):
     HTML is what begins with <!doctype html>, <html>, <head> or <body>, or with any usual tag if more than TAG_SHARE of
     it is tags.
     """
-    start = text.lstrip("\ufeff \t\r\n")
-    if not start.startswith("<"):
+    if not begins_with_tag(text):
         return text
+    start = text[FIRST_TAG.match(text).end() - 1:]
     if PAGE.match(start):
         extract = library("trafilatura").extract
         try:
@@ -147,6 +162,10 @@ def html(text):
         return main or fragment(start)
     tags = TAG.findall(start) if TAG.match(start) else []
     return fragment(start) if sum(map(len, tags)) > TAG_SHARE * len(start) else text
+
+
+def begins_with_tag(text):
+    return FIRST_TAG.match(text) is not None
 
 
 def fragment(text):
@@ -173,7 +192,7 @@ def wiki(text):
     media and categories go; None for a redirect. Text with fewer than two kinds of the markup is left alone."""
     if text[:20].lstrip().lower().startswith("#redirect"):
         return None
-    if sum(bool(mark.search(text)) for mark in WIKI_MARKS) < 2:
+    if not has_wiki_marks(text):
         return text
     try:
         page = library("mwparserfromhell").parse(text)
@@ -188,6 +207,10 @@ def wiki(text):
         except ValueError:              # it went with the node that holds it
             pass
     return page.strip_code(normalize=True, collapse=True)
+
+
+def has_wiki_marks(text):
+    return sum(bool(mark.search(text)) for mark in WIKI_MARKS) >= 2
 
 
 # LaTeX: no kept library strips it and leaves formulas as they are
@@ -324,3 +347,4 @@ def is_boilerplate(line):
 
 STEPS = {"mojibake": mojibake, "html": html, "latex": latex, "wiki": wiki, "unicode": unicode, "whitespace": whitespace,
          "boilerplate": boilerplate, "pii": pii}
+NEEDS_CARE = {"html": begins_with_tag, "wiki": has_wiki_marks}     # step: whether it hands a text to C code

@@ -18,6 +18,7 @@ import unicodedata
 
 import numpy as np
 
+import characters
 from sources import content_key
 
 NGRAM = 5                    # words in an n-gram, as in FineWeb (arXiv:2406.17557)
@@ -27,6 +28,7 @@ LOWER_HALF = np.uint64(2 ** 32 - 1)
 BATCH = 1 << 19              # characters whose n-grams are hashed at once
 PAIRS = 1 << 14              # candidates verified at once
 ROUNDS = 1000                # members of one bucket that are compared with all later ones; the cost is the product
+MANY = 30                    # different signs, from which on one expression finds them sooner than a search for each
 OTHER_SIGNS = re.compile(r"[^\x00-\x7f\w]")
 ONLY_WORDS = bytes(ord(chr(b).lower()) if chr(b).isalnum() else 32 for b in range(128)) + bytes(
     range(128, 256))
@@ -35,14 +37,10 @@ BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
 
 # --- exact ---
 
-def normalise(text):
-    """The text without what no reader would call a difference: NFC, lower-case, every run of white space one space."""
-    return " ".join(unicodedata.normalize("NFC", text).lower().split())
-
-
 def content_hash(text):
-    """64-bit hash of the normalised text, the same on every machine; a Python int."""
-    return content_key(normalise(text).encode("utf-8", "surrogatepass"))
+    """64-bit hash, the same on every machine, of what is left without what no reader would call a difference: NFC,
+    lower case, every run of white space one space. A Python int."""
+    return content_key(characters.lower_line(unicodedata.normalize("NFC", text)))
 
 
 # --- words and n-grams as numbers ---
@@ -63,9 +61,13 @@ def random_numbers(count, stream):
 
 def only_words(text):
     """The text's letters and digits, lower-case, as UTF-8; every other sign is a space."""
-    if not text.isascii():
-        text = OTHER_SIGNS.sub(" ", unicodedata.normalize("NFC", text).lower())
-    return text.encode("utf-8", "surrogatepass").translate(ONLY_WORDS)
+    text = unicodedata.normalize("NFC", text)
+    letters, signs = characters.lower(text), {sign for sign in characters.odd(text).lower() if not sign.isalnum()}
+    if len(signs) > MANY:
+        letters, signs = OTHER_SIGNS.sub(" ", text.lower()).encode("utf-8", "surrogatepass"), ()
+    for sign in signs:
+        letters = letters.replace(sign.encode("utf-8", "surrogatepass"), b" ")
+    return letters.translate(ONLY_WORDS)
 
 
 def word_hashes(texts):

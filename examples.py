@@ -281,7 +281,8 @@ def clean_rows(rows, options):
 
 def read_rows(kind, sources):
     """[(source's name, [rows], {reason: rows of no use})] of chats or pairs."""
-    corpus = parse_chats(sources, PairSource if kind == "pairs" else None, invalid_utf8="replace", malformed="drop")
+    corpus = parse_chats(sources, PairSource if kind == "pairs" else None, invalid_utf8="replace", malformed="drop",
+                          damaged="drop")
     found = []
     for source in corpus:
         if source.weight is not None:

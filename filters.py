@@ -12,10 +12,11 @@
 A rule is a statistic and its bounds, both of them allowed. Words are what stands between white space: languages written
 without spaces need `-` in front of the rules that count words. Shares of words and lines are fractions of 1.
 """
-import itertools
 import re
 
 import numpy as np
+
+import characters
 
 NO_LIMIT = float("inf")
 PRESETS = {                             # preset: {statistic: (lowest, highest)}; a document outside is rejected
@@ -49,7 +50,6 @@ C4_NOTICES = ("javascript", "terms of use", "privacy policy", "cookie policy", "
 CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 SENTENCE = re.compile(r"(?<![.!?。！？])[.!?。！？]+[\"'”’)]*(?=\s|$)")
 LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
-NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 # --- rules ---
@@ -81,7 +81,7 @@ def apply(text, rules):
     for preset, bounds in rules:
         if preset == "c4":
             text, shared = c4_lines(text), None
-        shared = shared or (text.split(), [line for line in text.split("\n") if line.strip()])
+        shared = shared or (Words(text), [line for line in text.split("\n") if line.strip()])
         statistics = MEASURES[preset](text, *shared)
         for name, (low, high) in bounds.items():
             if not low <= statistics[name] <= high:
@@ -96,7 +96,7 @@ def judge(text, presets):
 
 def measure(text, preset):
     """{statistic: value} of the rules of a preset."""
-    return MEASURES[preset](text, text.split(), [line for line in text.split("\n") if line.strip()])
+    return MEASURES[preset](text, Words(text), [line for line in text.split("\n") if line.strip()])
 
 
 def c4_lines(text):
@@ -124,12 +124,26 @@ def share(part, whole):
     return part / whole if whole else 0.0
 
 
+class Words:
+    """The words of a text, what stands between white space: `distinct` ones in the order in which they come, `ids` the
+    number of each word among these, `counts` how often each stands there, `sizes` its characters."""
+
+    def __init__(self, text):
+        words = text.split()
+        self.distinct = list(dict.fromkeys(words))
+        number = dict(zip(self.distinct, range(len(self.distinct))))
+        self.ids = np.fromiter(map(number.__getitem__, words), np.int64, len(words))
+        self.counts = np.bincount(self.ids, minlength=len(number))
+        self.sizes = np.fromiter(map(len, self.distinct), np.int64, len(number))
+
+    def __len__(self):
+        return len(self.ids)
+
+
 def basic(text, words, lines):
-    data = text.encode("utf-8", "replace")
-    letters = len(data) - len(data.translate(None, LETTERS))
-    if len(data) > len(text):
-        letters += sum(map(str.isalpha, "".join(NOT_ASCII.findall(text))))
-    lower = text.lower().split()
+    data = text.encode("utf-8", "surrogatepass")
+    letters = len(data) - len(data.translate(None, LETTERS)) + sum(map(str.isalpha, characters.others(text)))
+    lower = characters.lower_words(text)
     unique = sum(len(set(lower[start:start + WINDOW])) for start in range(0, len(lower), WINDOW))
     return {"characters": len(text.strip()), "unique words": share(unique, len(lower)),
             "letters": share(letters, len(text))}
@@ -137,17 +151,23 @@ def basic(text, words, lines):
 
 def gopher(text, words, lines):
     n, starts = len(words), [line.lstrip()[:1] for line in lines]
-    letterless = sum(not any(map(str.isalpha, word)) for word in itertools.filterfalse(str.isalpha, words)
-                     if not word[0].isalpha())
-    lower = {word.lower().strip(".,;:!?\"'()") for word in set(words)}
-    return {"words": n, "mean word length": share(sum(map(len, words)), n),
+    letterless = [i for i, is_letters in enumerate(map(str.isalpha, words.distinct)) if not is_letters
+                  and not words.distinct[i][0].isalpha() and not any(map(str.isalpha, words.distinct[i]))]
+    return {"words": n, "mean word length": share(int(words.counts @ words.sizes), n),
             "hash signs per word": share(text.count("#"), n),
             "ellipses per word": share(sum(map(text.count, ELLIPSES)), n),
             "lines that begin with a bullet": share(sum(start in BULLETS for start in starts), len(lines)),
             "lines that end with an ellipsis":
                 share(sum(line.rstrip().endswith(ELLIPSES) for line in lines), len(lines)),
-            "words with a letter": share(n - letterless, n),
-            "stop words": len(STOP_WORDS & lower)}
+            "words with a letter": share(n - int(words.counts[letterless].sum()), n), "stop words": stop_words(words)}
+
+
+def stop_words(words):
+    """How many of STOP_WORDS stand there, whatever their case and punctuation."""
+    found = STOP_WORDS.intersection(words.distinct)
+    if len(found) < len(STOP_WORDS):
+        found |= STOP_WORDS & {word.lower().strip(".,;:!?\"'()") for word in words.distinct}
+    return len(found)
 
 
 def repeats(parts):
@@ -175,10 +195,8 @@ def ngrams(words):
 
     An n-gram can only repeat where its first n - 1 words do, so each n sorts what is left of the one before.
     """
-    number = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    ids = np.fromiter(map(number.__getitem__, words), np.uint64, len(words))
-    ids = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    ends = np.cumsum([0, *map(len, words)])
+    ids = (words.ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    ends = np.concatenate([[0], np.cumsum(words.sizes[words.ids])])
     total, places, keys, statistics = max(1, ends[-1]), np.arange(len(words)), ids.copy(), {}
     for n in range(2, 11):
         places = places[places <= len(words) - n]

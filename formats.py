@@ -20,11 +20,15 @@ import os
 import re
 import zlib
 
+import raw
 from sources import Source, content_key, extension, json_rows
 from tasks import TASKS, find_file, gsm8k
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+LONGEST_ROW = 10_000_000    # bytes of a row of a file in any state; one that is longer is no chat
 
 
 class Unusable(ValueError):
@@ -214,19 +218,40 @@ def rows_source(name, invalid_utf8):
     return source
 
 
-def all_rows(source, notes):
-    """Yields (row, path, row number) of all files of a Source."""
+def all_rows(source, notes, damaged="error"):
+    """Yields (row, path, row number) of all files of a Source. damaged: "error", or "drop", which counts in `notes` by
+    reason what cannot be read, and goes on with the next row or the next file."""
     for path in source.files:
         suffix = extension(path)
         try:
-            rows = (source.hub_rows() if path.startswith("hub:") else parquet_rows(path) if suffix == ".parquet"
-                    else json_rows(path, source.invalid_utf8, notes))
+            if path.startswith("hub:"):
+                rows = source.hub_rows()
+            elif suffix == ".parquet":
+                rows = parquet_rows(path)
+            elif damaged == "drop":
+                rows = readable_rows(path, notes)
+            else:
+                rows = json_rows(path, source.invalid_utf8, notes)
             for row, number, *_ in rows:
                 yield row, path, number
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+        except (ValueError, EOFError, zlib.error, OSError) as error:
+            if damaged == "drop":
+                notes["damaged, rest of the file unread"] += 1
+            elif isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+                raise ValueError(f"{path} is cut off or damaged ({error}); fetch it again") from None
+            elif isinstance(error, OSError):
+                raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+            else:
+                raise
+
+
+def readable_rows(path, notes):
+    """Yields (row, row number) of a .jsonl or .json file in any state, as raw.py reads it."""
+    reader = raw.RawSource(path, (), LONGEST_ROW)
+    for place, row in reader.rows(path):
+        yield row, int(place.rpartition(":")[2])
+    notes.update(reader.dropped)
+    notes.update({f"replaced characters: {reason}": count for reason, count in reader.mended.items()})
 
 
 class ChatSource:
@@ -236,8 +261,8 @@ class ChatSource:
     """
 
     def __init__(self, name, weight, invalid_utf8="error", val_fraction=0.05, task_examples=10_000, flawed=0.0, seed=0,
-                 unusable="drop", malformed="error"):
-        self.name, self.weight, self.format, self.task = name, weight, None, None
+                 unusable="drop", malformed="error", damaged="error"):
+        self.name, self.weight, self.format, self.task, self.damaged = name, weight, None, None, damaged
         self.val_fraction, self.flawed, self.seed = val_fraction, flawed, seed
         self.rules = {Unusable: unusable, ValueError: malformed}
         self.limit = 0
@@ -265,7 +290,7 @@ class ChatSource:
             yield from self.task_chats()
             return
         checked = set()
-        for row, path, number in all_rows(self.rows, notes):
+        for row, path, number in all_rows(self.rows, notes, self.damaged):
             place = f"row {number:,} of {path}"
             try:
                 if not isinstance(row, dict):

@@ -462,8 +462,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     The logits exist a chunk of tokens at a time, in forward and again in backward. The gradient with respect to each
     token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
     """
-    if not want_hits and triton_kernels.chosen(impl, hidden):
-        return triton_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy)
+    if triton_kernels.chosen(impl, hidden):
+        return triton_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)
     shape = targets.shape
     columns = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), temperature,
                                   want_entropy, want_hits)

@@ -183,18 +183,19 @@ def scored_pair(prompt, better, worse):
 class PairSource:
     """One entry of `sources`: rows of files or of a hub dataset."""
 
-    def __init__(self, name, weight, invalid_utf8="error", unusable="drop", malformed="error", keep="one"):
+    def __init__(self, name, weight, invalid_utf8="error", unusable="drop", malformed="error", damaged="error",
+                 keep="one"):
         if name == "stdlib" or name.startswith("task:"):
             raise ValueError(f"{name} holds no pairs; name files of rows with --sources, or sample answers to a task's "
                              "questions, as in --from_model=out/sft --task=sorting")
-        self.name, self.weight, self.keep, self.format = name, weight, keep, None
+        self.name, self.weight, self.keep, self.format, self.damaged = name, weight, keep, None, damaged
         self.rules = {Unusable: unusable, ValueError: malformed}
         self.rows = rows_source(name, invalid_utf8)
 
     def pairs(self, notes):
         """Yields (row, key, side): side is None, as the key, the hash of the question, decides. Rows of no use are left
         out and counted in `notes` by reason."""
-        for row, path, at in all_rows(self.rows, notes):
+        for row, path, at in all_rows(self.rows, notes, self.damaged):
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"it is {row!r:.40}, not an object with named columns")

@@ -12,15 +12,17 @@ ROW_STEP = 2048             # columns that a program of the row kernels holds
 
 
 @jit
-def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, V, temperature, ENTROPY: tl.constexpr,
-                STEP: tl.constexpr):
-    """Log-sum-exp, log-probability of the target and entropy of one row of logits, read once."""
+def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, hits_ptr, lse_ptr, V, temperature,
+                ENTROPY: tl.constexpr, HITS: tl.constexpr, STEP: tl.constexpr):
+    """Log-sum-exp, log-probability of the target, entropy, and whether the target is the first of the likeliest, of one
+    row of logits, read once."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     logits_ptr += row * V
     top = tl.full([STEP], HIDDEN, tl.float32)           # of each lane: lanes meet at the end
     total = tl.zeros([STEP], tl.float32)
     weighted = tl.zeros([STEP], tl.float32)
+    likeliest = tl.zeros([STEP], tl.int32)              # the first column with a lane's largest logit
     for n in range(0, V, STEP):
         column = n + tl.arange(0, STEP)
         x = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32) / temperature
@@ -31,6 +33,8 @@ def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, V, temp
         total = total * shrink + p
         if ENTROPY:
             weighted = weighted * shrink + p * x
+        if HITS:
+            likeliest = tl.where(x > top, column, likeliest)
         top = new_top
     highest = tl.max(top, 0)
     share = tl.exp(top - highest)
@@ -44,6 +48,8 @@ def rows_kernel(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, V, temp
     if ENTROPY:
         entropy = lse - tl.sum(weighted * share, 0) / sum_exp
         tl.store(entropy_ptr + row, tl.where(target == -100, 0.0, entropy))
+    if HITS:
+        tl.store(hits_ptr + row, tl.min(tl.where(top == highest, likeliest, V), 0) == target)
 
 
 @jit
@@ -71,22 +77,25 @@ def chunks(hidden, weight):
 
 @torch.library.custom_op("zero2chat::linear_logprob", mutates_args=())
 def logprob_forward(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float,
-                    want_entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities, entropies, log-sum-exps), (N,) each, of hidden (N, C); entropies are empty if not wanted."""
+                    want_entropy: bool, want_hits: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
+                                                                  torch.Tensor]:
+    """(log-probabilities, entropies, hits, log-sum-exps), (N,) each, of hidden (N, C); what is not wanted is empty."""
     hidden, targets, N, V = hidden.contiguous(), targets.contiguous(), hidden.size(0), weight.size(0)
     logp, lse = (torch.empty(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(N if want_entropy else 0, dtype=torch.float32, device=hidden.device)
+    hits = torch.empty(N if want_hits else 0, dtype=torch.bool, device=hidden.device)
     with torch.cuda.device_of(hidden):
         for chunk, logits in chunks(hidden, weight):
-            rows_kernel[len(logits),](logits, targets[chunk], logp[chunk], entropy[chunk], lse[chunk], V, temperature,
-                                      ENTROPY=want_entropy, STEP=ROW_STEP, num_warps=8)
-    return logp, entropy, lse
+            rows_kernel[len(logits),](logits, targets[chunk], logp[chunk], entropy[chunk], hits[chunk], lse[chunk], V,
+                                      temperature, ENTROPY=want_entropy, HITS=want_hits, STEP=ROW_STEP, num_warps=8)
+    return logp, entropy, hits, lse
 
 
 @logprob_forward.register_fake
-def _(hidden, weight, targets, temperature, want_entropy):
-    rows = hidden.new_empty(hidden.size(0), dtype=torch.float32)
-    return rows, torch.empty_like(rows) if want_entropy else rows.new_empty(0), torch.empty_like(rows)
+def _(hidden, weight, targets, temperature, want_entropy, want_hits):
+    N = hidden.size(0)
+    logp, entropy, lse = (hidden.new_empty(n, dtype=torch.float32) for n in (N, N if want_entropy else 0, N))
+    return logp, entropy, hidden.new_empty(N if want_hits else 0, dtype=torch.bool), lse
 
 
 @torch.library.custom_op("zero2chat::linear_logprob_backward", mutates_args=())
@@ -112,23 +121,24 @@ def _(grad, hidden, weight, targets, lse, temperature, want_dweight):
 
 
 def keep_for_logprob(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[2])
+    hidden, weight, targets, ctx.temperature, *_ = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[3])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def backward_of_logprob(ctx, grad, *_):
     wanted = ctx.needs_input_grad[1]                    # not of a frozen head
     dhidden, dweight = logprob_backward(grad, *ctx.saved_tensors, ctx.temperature, wanted)
-    return dhidden, dweight if wanted else None, None, None, None
+    return dhidden, dweight if wanted else None, None, None, None, None
 
 
 logprob_forward.register_autograd(backward_of_logprob, setup_context=keep_for_logprob)
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False):
+def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False, want_hits=False):
     """kernels.linear_logprob by these kernels."""
     shape = targets.shape
-    logp, entropy, _ = logprob_forward(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1),
-                                       float(temperature), want_entropy)
-    return (logp.view(shape), entropy.view(shape)) if want_entropy else logp.view(shape)
+    logp, entropy, hits, _ = logprob_forward(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1),
+                                             float(temperature), want_entropy, want_hits)
+    more = [column.view(shape) for column, wanted in ((entropy, want_entropy), (hits, want_hits)) if wanted]
+    return (logp.view(shape), *more) if more else logp.view(shape)

@@ -26,14 +26,14 @@ SHARED = {90: 227 << 10, 80: 163 << 10}         # bytes of shared memory that a 
 ATTENTION = [(name, D, form) for D in (64, 128) for name in ("forward", "dq", "dkv", "dkv_grouped")
              for form in ("causal", "packed", "packed, window")]
 ROWS = [("decode", D, form) for D in (64, 128) for form in ("1 head", "8 heads", "8 heads, start, window")] + [
-    ("combine", 128, ""), ("combine", 128, "start, window"), ("rows", 0, "entropy"), ("rows", 0, ""),
+    ("combine", 128, ""), ("combine", 128, "start, window"), ("rows", 0, "entropy, hits"), ("rows", 0, ""),
     ("dlogits", 0, "")]
 CASES = [(capability, *case) for capability in (90, 80) for case in ATTENTION + ROWS]
 FILES = triton_kernels, triton_decode, triton_logprob
 GATE = [(90, name, 128, "packed, window") for name in ("forward", "dq", "dkv", "dkv_grouped")] + [
     (90, "forward", 64, "causal"), (80, "forward", 128, "packed"), (80, "dkv", 128, "causal"),
-    (90, "decode", 128, "8 heads, start, window"), (90, "combine", 128, "start, window"), (90, "rows", 0, "entropy"),
-    (90, "dlogits", 0, ""), (80, "decode", 128, "8 heads")]
+    (90, "decode", 128, "8 heads, start, window"), (90, "combine", 128, "start, window"),
+    (90, "rows", 0, "entropy, hits"), (90, "dlogits", 0, ""), (80, "decode", 128, "8 heads")]
 
 
 def arguments(capability, name, D, form):
@@ -43,10 +43,10 @@ def arguments(capability, name, D, form):
     types = {key: "i32" for key in kernel.arg_names}
     types |= {key: "*bf16" for key in types if key.endswith("_ptr")} | dict(scale="fp32", temperature="fp32")
     types |= {key: "*fp32" for key in ("lse_ptr", "delta_ptr", "parts_ptr", "logp_ptr", "entropy_ptr", "grad_ptr")}
-    types |= dict(tiles="*i32", lengths="*i64", starts="*i64", targets_ptr="*i64")
+    types |= dict(tiles="*i32", lengths="*i64", starts="*i64", targets_ptr="*i64", hits_ptr="*i1")
     if name in ("rows", "dlogits"):
-        constants = dict(STEP=triton_logprob.ROW_STEP) | (dict(ENTROPY=bool(form)) if name == "rows" else {})
-        return kernel, types, constants, dict(num_warps=8 if name == "rows" else 4)
+        wanted = dict(ENTROPY=bool(form), HITS=bool(form)) if name == "rows" else {}
+        return kernel, types, dict(STEP=triton_logprob.ROW_STEP) | wanted, dict(num_warps=8 if name == "rows" else 4)
     if name == "combine":
         constants = dict(H=8, D=D, CHUNK=triton_decode.CHUNK) | ({} if form else dict(starts=None, window=None))
         return kernel, types, constants, dict(num_warps=1)

@@ -196,7 +196,10 @@ def test_log_probabilities_entropies_and_gradients_equal_float64(monkeypatch, N,
     hidden, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
     targets, upstream = torch.randint(V, (N,)), torch.randn(N)
     targets[N // 2] = -100
-    logp, entropy = linear_logprob(hidden, weight, targets, temperature, True, impl="triton")
+    likeliest = (hidden @ weight.t()).argmax(-1)
+    targets[0] = likeliest[0] if N > 1 else targets[0]
+    logp, entropy, hits = linear_logprob(hidden, weight, targets, temperature, True, True, impl="triton")
+    assert hits.dtype == torch.bool and torch.equal(hits, likeliest == targets) and (N == 1 or hits[0])
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     all_logp = (exact[0] @ exact[1].t() / temperature).log_softmax(-1)
     kept = targets != -100
@@ -213,6 +216,16 @@ def test_a_second_backward_pass_repeats_the_first_and_a_frozen_head_gets_no_grad
     logp = linear_logprob(hidden, weight, torch.tensor([1, 2, 3]), impl="triton")
     first, = torch.autograd.grad(logp.sum(), hidden, retain_graph=True)
     assert torch.equal(first, torch.autograd.grad(logp.sum(), hidden)[0])
+
+
+def test_of_equal_logits_the_first_is_the_likeliest_and_an_ignored_target_is_no_hit():
+    hidden, weight = torch.ones(5, 16), torch.zeros(5000, 16)
+    weight[[7, 2055, 4103]] = 1.0                           # columns that fall to one lane of the kernel
+    weight[3000] = 1.0
+    targets = torch.tensor([7, 2055, 3000, 0, -100])
+    for want_entropy in False, True:
+        found = linear_logprob(hidden, weight, targets, 1.0, want_entropy, True, impl="triton")
+        assert found[-1].tolist() == [True, False, False, False, False] and len(found) == 2 + want_entropy
 
 
 def test_a_target_beyond_the_vocabulary_is_not_looked_up():
@@ -234,9 +247,9 @@ def test_opcheck():
     q, k, v = random_cache(2, S=9)
     torch.library.opcheck(triton_decode.decode, (q, k, v, torch.tensor([1, 5, 9]), None, 0))
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
-    for want_entropy in False, True:
+    for wanted in (False, False), (True, False), (True, True):
         torch.library.opcheck(triton_logprob.logprob_forward,
-                              (hidden, weight, torch.tensor([1, -100, 3]), 0.7, want_entropy))
+                              (hidden, weight, torch.tensor([1, -100, 3]), 0.7, *wanted))
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """examples.py: what makes chats and pairs go, by which rule, and the order in which judges see them."""
+import gzip
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import examples
+import formats
 import judge
 from examples import clean_rows, difficulty, is_refusal, reasons_of, repetition
 from model import GPT, Config
@@ -246,6 +248,29 @@ def test_a_run_that_keeps_nothing_says_why_and_writes_nothing(tmp_path, rows, se
     with pytest.raises(ValueError, match=sentence):
         examples.run(config(tmp_path, rows))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_damaged_files_and_rows_are_counted_and_the_others_read(tmp_path, kind):
+    row = (lambda i: chat(f"Question {i}?", f"Answer {i}.")) if kind == "chats" else (
+        lambda i: pair(f"Question {i}?", f"Answer {i}.", f"Other {i}."))
+    lines = [json.dumps(row(i)).encode() + b"\n" for i in range(200)]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "lines.jsonl").write_bytes(b'{"rows"\n' + lines[0] + b'{"messages": [{"role": \n' + lines[1] +
+                                         b'\0\1\2\3\n7\n{"messages": "caf\xe9"}\n' + lines[2])
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[3:103]))[:-400])
+    (folder / "array.json").write_bytes(b"[" + b",".join(lines[103:106]) + b", {")
+    (folder / "broken.parquet").write_bytes(b"PAR1 no more of it")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "long.jsonl").write_bytes(b'{"messages": "' + b"x" * formats.LONGEST_ROW + b'"}\n' + lines[106])
+    (_, found, notes), = examples.read_rows(kind, str(folder))
+    questions = {(r["messages"] if kind == "chats" else r["prompt"])[0]["content"] for r in found}
+    assert {f"Question {i}?" for i in (0, 1, 2, *range(103, 107))} <= questions
+    assert len(questions) > 7 and len(questions) == len(found)          # and what stood before the cut
+    assert notes["cut off"] == 1 and notes["invalid JSON"] == 3 and notes["binary"] == 1
+    assert notes["longer than max_document_bytes"] == 1 and notes["malformed"] == 2
+    assert notes["damaged, rest of the file unread"] == 1 and notes["invalid JSON, rest of the file unread"] == 1
 
 
 def test_weights_tasks_and_mixed_kinds_are_refused(tmp_path):

@@ -10,7 +10,8 @@ import configurator
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-BELOW = {"cleaners": set(), "filters": set(), "raw": {"sources"}, "report": {"common"},
+BELOW = {"characters": set(), "isolated": set(), "cleaners": {"characters", "isolated"}, "filters": {"characters"},
+         "raw": {"sources"}, "report": {"common"},
          "configurator": set(), "vocabulary": set(), "unigram": {"vocabulary"},
          "tokenizer": {"unigram", "vocabulary"}, "masking": set(), "record": set(), "optim": {"record"},
          "common": {"record"}, "sources": set(),
@@ -31,10 +32,10 @@ BELOW = {"cleaners": set(), "filters": set(), "raw": {"sources"}, "report": {"co
          "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
          "workers": set(), "chain": {"cleaners", "dedup", "filters", "report", "scorers"},
          "parts": {"common", "dedup", "scorers"},
-         "formats": {"sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
+         "formats": {"raw", "sources", "tasks"}, "chats": {"formats", "sources", "tokenizer"},
          "examples": {"common", "dedup", "formats", "judge", "likelihood", "model", "pairs", "preferences", "report",
                       "tokenizer"},
-         "dedup": {"sources"}, "contamination": {"dedup", "sources"},
+         "dedup": {"characters", "sources"}, "contamination": {"dedup", "sources"},
          "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"},
          "mixing": {"data", "sources"}}
 STAGES = {"clean", "pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
