@@ -291,6 +291,18 @@ def test_a_models_loss_and_gradients_equal_the_references(gpt, monkeypatch, chec
         torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
 
 
+def test_a_model_trains_under_ddp_as_alone(gpt):
+    from torch.distributed._composable.replicate import replicate
+    batch = packed_batch([0, 5, 6, 20, 32])
+    loss, gradients = loss_and_gradients(gpt, batch)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        again, averaged = loss_and_gradients(replicate(gpt), batch)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(again, loss) and all(map(torch.equal, averaged, gradients))
+
+
 def test_a_model_compiles_to_one_graph_without_breaks_whatever_its_documents_and_learning_rate(gpt):
     graphs = []
 
