@@ -31,8 +31,8 @@ import optim
 import record
 import triton_kernels
 from configurator import configure
-from data import TextBatches
 from model import GPT, Config
+from texts import TextBatches
 
 # --- run ---
 device = "auto"             # auto, cuda, mps or cpu

@@ -22,8 +22,8 @@ import numpy as np
 
 import sandbox
 import tasks
-from data import open_tokens
 from sources import extension, mix, parse_sources
+from texts import open_tokens
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 LETTERS = "ABCDEFGHIJ"

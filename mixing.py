@@ -6,7 +6,7 @@
 
 Shares are of tokens, and rows have equally many, so each row of the run is given to a source. Which one, and which of
 the source's rows, is a pure function of (seed, step): a resumed run restores nothing, and any number of ranks sees the
-same rows. One folder is the mixture of one, with the batches of data.TextBatches.
+same rows. One folder is the mixture of one, with the batches of texts.TextBatches.
 
 Letters: N sources, S stages, B rows of one forward pass, T tokens of context.
 """
@@ -16,8 +16,8 @@ import re
 
 import numpy as np
 
-from data import TextBatches, open_tokens
 from sources import names_and_weights
+from texts import TextBatches, open_tokens
 
 PARTS = 10_000      # shares are whole multiples of 1 / PARTS; the interleaving repeats after so many rows
 

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from kernels import Documents, document_attention
+from plain_attention import Documents, document_attention
 
 
 @dataclasses.dataclass

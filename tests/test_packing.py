@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from kernels import Documents
 from lora import add
 from model import GPT, Config, ScalarHead
 from packing import pack
+from plain_attention import Documents
 
 SIZE = dict(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, context=64)
 GROUPS = [([5, 6, 7, 8], [[1, 2, 3], [9], [4, 4, 4, 4, 4, 4]]), ([11], [[12, 13]]), ([20, 21], [[22] * 17, [23, 2]]),

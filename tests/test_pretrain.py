@@ -80,7 +80,7 @@ def test_the_script_learns_and_leaves_a_model_that_transformers_opens(whole):
         assert words in result.stdout
 
     transformers = pytest.importorskip("transformers")
-    from data import fixed_rows
+    from texts import fixed_rows
     model = transformers.AutoModelForCausalLM.from_pretrained(out_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out_dir)
     assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
