@@ -23,16 +23,21 @@ class Fetched:
     def __init__(self, named):
         self.named = {name: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
                       for name, value in named.items()}
-        self.event = None
-        if any(isinstance(value, torch.Tensor) and value.is_cuda for value in named.values()):
-            self.event = torch.cuda.Event()
-            self.event.record()
+        gpus = [value.device for value in named.values() if isinstance(value, torch.Tensor) and value.is_cuda]
+        self.event = after_copies(gpus[0]) if gpus else None
 
     def values(self):
         """{name: number}, once the copies have arrived."""
         if self.event:
             self.event.synchronize()
         return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in self.named.items()}
+
+
+def after_copies(device):
+    """An event that comes when all that the GPU was given so far is done."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Log:

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optim
+import record
 from model import GPT, Config
 from optim import lr_scale
 
@@ -349,7 +350,7 @@ def test_a_compiled_iteration_of_muon_gives_the_same(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_an_update_on_a_gpu_waits_for_nothing(monkeypatch, optimizer):
     """Tensors without content stand for a GPU's: whatever asks for a value, as .item() does, is an error."""
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(record, "after_copies", lambda device: SimpleNamespace(synchronize=None))
     monkeypatch.setattr(optim.Fetched, "values", lambda self: dict(row=0, loss=1.0, grad_norm=1.0, usual=1.0))
     model = tiny()
     with FakeTensorMode():
