@@ -295,11 +295,11 @@ def test_a_single_document_is_cut_at_its_end(tmp_path, tokenizer, monkeypatch, h
 
 
 def test_of_a_few_documents_the_one_with_the_smallest_hash_is_held_out(tmp_path, tokenizer):
-    texts = sorted(["alpha beta", "gamma delta", "epsilon"], key=lambda text: content_key(text.encode()))
-    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, [*texts[1:], texts[0]])))
+    few = sorted(["alpha beta", "gamma delta", "epsilon"], key=lambda text: content_key(text.encode()))
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, [*few[1:], few[0]])))
     texts.prepare(str(tmp_path / "out"), file, val_fraction=1e-9, tokenizer=tokenizer[0])
-    assert documents(str(tmp_path / "out"), "val") == [texts[0]]
-    assert documents(str(tmp_path / "out"), "train") == texts[1:]
+    assert documents(str(tmp_path / "out"), "val") == [few[0]]
+    assert documents(str(tmp_path / "out"), "train") == few[1:]
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs shared/data")
@@ -453,13 +453,13 @@ def test_on_a_terminal_a_bar_shows_tokens_a_second(monkeypatch, capsys):
 
 def test_opening_says_what_is_wrong_with_a_file(tmp_path, tokenizer):
     out = str(tmp_path)
-    with pytest.raises(ValueError, match="there is no .*train.h5; write it with python texts.py --out_dir="):
+    with pytest.raises(ValueError, match="there is no .*train.h5; write it with python data.py --out_dir="):
         texts.open_tokens(out, "train")
     numbered(tmp_path, 5000)
     whole = (tmp_path / "train.h5").read_bytes()
     for size in (0, 100, 3000, len(whole) - 1):
         write(tmp_path / "train.h5", whole[:size])
-        with pytest.raises(ValueError, match=r"train.h5 is cut short, or was not written by texts.py \(.*\); .*--over"):
+        with pytest.raises(ValueError, match=r"train.h5 is cut short, or was not written by data.py \(.*\); .*--over"):
             texts.open_tokens(out, "train")
     write(tmp_path / "train.h5", whole)
     texts.open_tokens(out, "train")
@@ -473,7 +473,7 @@ def test_opening_says_what_is_wrong_with_a_file(tmp_path, tokenizer):
         texts.TextBatches(out, "train", 8, 3, 16, 0, world_size=2)
     with h5py.File(tmp_path / "train.h5", "w") as file:
         file.create_dataset("tokens", data=np.arange(99), chunks=(10,))
-    with pytest.raises(ValueError, match="was not written by texts.py"):
+    with pytest.raises(ValueError, match="was not written by data.py"):
         texts.open_tokens(out, "train")
 
 
