@@ -316,7 +316,7 @@ class LinearLogprob(torch.autograd.Function):
                 logits[rows] = p_RV.mul_(-grad[here]).scatter_add_(-1, targets[here], grad[here])
             dhidden[chunk] = logits @ weight
             if dweight is not None and dweight.dtype == logits.dtype:
-                dweight.addmm_(logits.t(), hidden[chunk])
+                torch.addmm(dweight, logits.t(), hidden[chunk], out=dweight)
             elif dweight is not None:
                 dweight += logits.t() @ hidden[chunk]
         return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None, None

@@ -16,7 +16,6 @@ NOT_SHOWN = ("epoch", "num_tokens", "tokens/", "bytes/", "mfu", "completions/m",
 IF_NOT_ZERO = ("skipped_updates", "failed_rewards", "refilled", "stopped_early")
 
 
-
 class Fetched:
     """Numbers and one-element tensors by name, as numbers later: those on a GPU are copied while it goes on."""
 

@@ -17,6 +17,7 @@ import examples
 import pairs
 import sampled
 import scorers
+import texts
 
 ROOT = Path(configurator.__file__).resolve().parent
 FILES = sorted(ROOT.glob("*.py"))
@@ -382,7 +383,9 @@ def test_every_option_of_a_script_is_read(path):
         read |= set(keys_read((ROOT / "mixing.py").read_text(encoding="utf-8")))
     if "plan(subject, o, machine)" in source:
         read |= set(keys_read((ROOT / "plans.py").read_text(encoding="utf-8")))
-    if "chats.prepare(**" in source:                        # takes what is of its kind
+    if "texts.prepare(**" in source:                        # takes what is of its kind
+        read |= set(inspect.signature(texts.prepare).parameters)
+    if "chats.prepare(**" in source:
         read |= set(inspect.signature(chats.prepare).parameters)
     if "pairs.prepare(**" in source:
         read |= {*inspect.signature(pairs.prepare).parameters, *inspect.signature(sampled.sampled_sources).parameters}
