@@ -55,6 +55,7 @@ vocab_size = 4096           # V
 # --- train ---
 optimizer = "adamw"         # adamw or muon
 compile = False             # torch.compile the model, one graph for its one shape
+checkpointing = False       # our model computes each block again in backward: less memory
 nanogpt = ""                # a checkout of nanoGPT, whose model of this shape is measured too
 nanochat = ""               # a checkout of nanochat, the same
 # --- generate ---
@@ -267,7 +268,7 @@ def bench_train(where, kind):
         torch._dynamo.utils.counters.clear()
         model, guard = build().to(where), optim.SpikeGuard(10.0, 10)
         if name == "ours":
-            model.model.dtype = kind
+            model.model.dtype, model.model.checkpointing = kind, checkpointing
             updates = optim.build(model, optimizer, 1e-4, 1e-3, 0.0, 0.0, (0.9, 0.95), 0.9, 5, kind, compile)
         else:
             updates = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=where.type == "cuda")

@@ -7,14 +7,13 @@ Shape letters: B sequences, T tokens, H heads, D head width, C channels, V vocab
 import torch
 import torch.nn.functional as F
 
+import plain_logprob
 import triton_decode
 import triton_kernels
 import triton_logprob
 from plain_attention import by_hand, document_attention, masked_attention, packed_documents
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
-LOGIT_BYTES = 32 << 20      # of one chunk of logits in linear_logprob, which a product wants large,
-BLOCK_BYTES = 2 << 20       # and of the fp32 rows of it that a softmax works on, which want to stay in the cache
 
 
 # --- attention ---
@@ -265,77 +264,4 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     """
     if triton_kernels.chosen(impl, hidden):
         return triton_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)
-    shape = targets.shape
-    columns = LinearLogprob.apply(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), temperature,
-                                  want_entropy, want_hits)
-    logp, *more = (column.view(shape) for column in columns if column is not None)
-    return (logp, *more) if more else logp
-
-
-class LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, want_entropy, want_hits):
-        N = hidden.size(0)
-        ignored = targets == -100
-        targets = targets.masked_fill(ignored, 0).unsqueeze(-1)
-        logp = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logp) if want_entropy else None
-        hits = torch.empty_like(logp, dtype=torch.bool) if want_hits else None
-        logits, chunks = None, row_chunks(hidden, weight)
-        for chunk, blocks in chunks:
-            logits = hidden[chunk] @ weight.t()
-            for here, rows in blocks:
-                logp_RV = torch.log_softmax(scaled(logits[rows], temperature), -1, dtype=torch.float32)
-                logp[here] = logp_RV.gather(-1, targets[here]).squeeze(-1)
-                if want_entropy:
-                    entropy[here] = -(logp_RV.exp() * logp_RV).sum(-1)
-                if want_hits:
-                    hits[here] = logp_RV.argmax(-1) == targets[here].squeeze(-1)
-        logp.masked_fill_(ignored, 0)
-        more = [column.masked_fill_(ignored, 0) for column in (entropy, hits) if column is not None]
-        ctx.mark_non_differentiable(*more)
-        ctx.save_for_backward(hidden, weight, targets, ignored)
-        ctx.temperature = temperature
-        ctx.kept = logits if len(chunks) == 1 else None     # backward need not compute it again
-        return logp, entropy, hits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        hidden, weight, targets, ignored = ctx.saved_tensors
-        dhidden, dweight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:             # not of a frozen head
-            dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad = (grad.masked_fill(ignored, 0) / ctx.temperature).unsqueeze(-1)
-        for chunk, blocks in row_chunks(hidden, weight):
-            logits, ctx.kept = ctx.kept, None
-            if logits is None:
-                logits = hidden[chunk] @ weight.t()
-            for here, rows in blocks:           # d logp / d logits = onehot - softmax, in the logits' own memory
-                p_RV = torch.softmax(scaled(logits[rows], ctx.temperature), -1, dtype=torch.float32)
-                logits[rows] = p_RV.mul_(-grad[here]).scatter_add_(-1, targets[here], grad[here])
-            dhidden[chunk] = logits @ weight
-            if dweight is not None and dweight.dtype == logits.dtype:
-                torch.addmm(dweight, logits.t(), hidden[chunk], out=dweight)
-            elif dweight is not None:
-                dweight += logits.t() @ hidden[chunk]
-        return dhidden, dweight if dweight is None else dweight.to(weight.dtype), None, None, None, None
-
-
-def row_chunks(hidden, weight):
-    """[(rows of hidden (N, C) whose logits are computed at once, blocks of them)]; a block is (rows of hidden, the same
-    rows of the chunk), as many as a softmax takes at once."""
-    N, V = hidden.size(0), weight.size(0)
-    size = max(1, LOGIT_BYTES // (hidden.element_size() * V))
-    step = max(1, BLOCK_BYTES // (4 * V)) if hidden.device.type == "cpu" else size
-    chunks = []
-    for first in range(0, N, size):
-        last = min(N, first + size)
-        begins = range(first, last, step)
-        blocks = [(slice(i, min(i + step, last)), slice(i - first, min(i + step, last) - first)) for i in begins]
-        chunks.append((slice(first, last), blocks))
-    return chunks
-
-
-def scaled(logits, temperature):
-    return logits if temperature == 1.0 else logits.float() / temperature
+    return plain_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import plain_attention
+import plain_logprob
 from kernels import attention, linear_logprob, rms_norm, rotate
 
 IMPLS = ["plain", "sdpa", "auto"]
@@ -309,8 +310,8 @@ def logprob_and_gradients(hidden, weight, targets, upstream, **options):
 def chunking(request, monkeypatch):
     rows, block = {"one chunk": (10**6, 10**6), "many chunks": (4, 10**6), "many blocks": (7, 3),
                    "a token each": (0, 0)}[request.param]
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", rows * 4 * 37)
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", block * 4 * 37)
+    monkeypatch.setattr(plain_logprob, "LOGIT_BYTES", rows * 4 * 37)
+    monkeypatch.setattr(plain_logprob, "BLOCK_BYTES", block * 4 * 37)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
@@ -395,7 +396,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch):
     head = random_head()
     expected = logprob_and_gradients(*head, temperature=0.9)
     for rows in (1, 2, 5, 32):
-        monkeypatch.setattr(kernels, "LOGIT_BYTES", rows * 4 * 37)
+        monkeypatch.setattr(plain_logprob, "LOGIT_BYTES", rows * 4 * 37)
         for a, b in zip(logprob_and_gradients(*head, temperature=0.9), expected):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 
@@ -433,11 +434,40 @@ def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
             return out
 
     N, V, rows = 64, 512, 8
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", rows * 4 * V)
+    monkeypatch.setattr(plain_logprob, "LOGIT_BYTES", rows * 4 * V)
     head = random_head((N,), C=4, V=V)
     with Largest() as largest:
         logprob_and_gradients(*head)
     assert largest.numel <= rows * V
+
+
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (True, True)])
+def test_opcheck_of_what_a_compiler_sees(wanted):
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    torch.library.opcheck(plain_logprob.opaque_forward, (hidden, weight, torch.tensor([1, -100, 3]), 0.7, *wanted))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_it_gives_the_same_and_no_graph_holds_the_logits_of_all_tokens(frozen):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    largest = []
+
+    def look(graph, inputs):
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        largest.append(max(value.numel() for value in values if isinstance(value, torch.Tensor)))
+        return make_boxed_func(graph.forward)
+
+    N, V = 64, 128
+    hidden, weight, targets, upstream = random_head((N,), C=4, V=V)
+    head = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    compiled = torch.compile(linear_logprob, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+    found, expected = (function(*head, targets, 0.7, want_hits=True) for function in (compiled, linear_logprob))
+    assert torch.equal(found[1], expected[1])
+    inputs = head[:1] if frozen else head
+    for a, b in zip(*(torch.autograd.grad(columns[0], inputs, upstream) for columns in (found, expected))):
+        torch.testing.assert_close(a, b)
+    assert len(largest) == 2 and max(largest) < N * V / 8
 
 
 def test_linear_logprob_in_bf16_is_near_the_exact_one(chunking):
