@@ -1,6 +1,7 @@
 """How fast this machine runs what training and generation consist of, beside the peers that are installed.
 
     python bench.py env                                         matrix products and copies
+    python bench.py errors                                      every operation and its gradients against float64
     python bench.py attention --context=8192 --document=512     kernels.attention and decode_attention
     python bench.py logprob --vocab_size=50304                  kernels.linear_logprob
     python bench.py train --n_layer=12 --n_embd=768             tokens/s, MFU, memory, graph breaks
@@ -10,6 +11,7 @@
 Each prints a table and, with --json=FILE, appends a line for every row of it. A figure is the median of several runs,
 each ended by a synchronisation. Shape letters: B rows, T tokens of a row, H heads, K key heads, D head width.
 """
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -129,6 +131,39 @@ def copy_rate(where):
     source = torch.empty((64 << 20) if where.type == "cpu" else (1 << 30), dtype=torch.uint8, device=where)
     target = torch.empty_like(source)
     return 2 * source.numel() / measure(lambda: target.copy_(source), where)
+
+
+def bench_errors(where, kind):
+    """Largest errors of every operation and its gradients against float64, in roundings of the largest number there;
+    right: at most 4 of them in bf16, 64 in fp32, whose sums are not kept in something finer."""
+    def random(*shape):
+        return torch.randn(*shape, device=where, dtype=kind, requires_grad=True)
+
+    impl = "triton" if triton_kernels.INTERPRET or not triton_kernels.why_not(where.type) else "auto"
+    N, T = 2 * 515, 515
+    ends, targets = torch.tensor([0, 1, 2, 200, 515, 700, N]).int().to(where), torch.randint(999, (N,), device=where)
+    targets[::7] = -100
+    cases = {}
+    for D, K, cu_seqlens, window in (64, 4, None, 0), (64, 1, ends, 0), (128, 2, ends, 100), (128, 4, None, 2):
+        attend = functools.partial(kernels.attention, cu_seqlens=cu_seqlens, window=window)
+        name = f"attention {D} wide, {4 // K} heads a key, {'' if cu_seqlens is None else 'documents, '}{window=}"
+        cases[name] = attend, "sdpa", (random(2, T, 4, D), random(2, T, K, D), random(2, T, K, D))
+    lengths = torch.tensor([1, T], device=where)
+    cases["decode"] = (functools.partial(kernels.decode_attention, lengths=lengths), "auto",
+                       (random(2, 1, 4, 64), random(2, 2, T, 64), random(2, 2, T, 64)))
+    cases["log-probabilities"] = (functools.partial(kernels.linear_logprob, targets=targets, temperature=0.7), "plain",
+                                  (random(N, 64), random(999, 64)))
+    for name, (function, reference, inputs) in cases.items():
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        with contextlib.nullcontext() if name != "decode" else torch.no_grad():
+            found, expected = [function(*inputs, impl=impl)], [function(*exact, impl=reference)]
+        if name != "decode":
+            upstream = torch.randn_like(found[0])
+            found += torch.autograd.grad(found[0], inputs, upstream)
+            expected += torch.autograd.grad(expected[0], exact, upstream.double())
+        errors = [((a - b).abs().max() / b.abs().max()).item() / torch.finfo(kind).eps for a, b in zip(found, expected)]
+        yield dict(what=name, impl=impl, roundings=errors[0], of_gradients=max(errors[1:], default=0.0),
+                   right="yes" if max(errors) < (64 if kind == torch.float32 else 4) else "no")
 
 
 def attentions(where, kind, cu_seqlens):
@@ -309,11 +344,12 @@ def load_nanochat(where, kind):
     sys.path.insert(0, nanochat)
     try:
         from nanochat import gpt as theirs
-    except ImportError as error:
-        raise ValueError(f"nanochat at --nanochat={nanochat} cannot be imported: {error}") from None
+        shape = theirs.GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                                 n_kv_head=n_kv_head or n_head, n_embd=n_embd, window_pattern="L")
+    except (ImportError, TypeError) as error:
+        raise ValueError(f"nanochat at --nanochat={nanochat} is another version than this measures: {error}") from None
     with torch.device("meta"):
-        model = theirs.GPT(theirs.GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                                            n_kv_head=n_kv_head or n_head, n_embd=n_embd, window_pattern="L"))
+        model = theirs.GPT(shape)
     model.to_empty(device=where)
     model.init_weights()
     return model
@@ -324,9 +360,11 @@ def bench_generate(where, kind):
     model = GPT(config_of_options()).to(where).eval()
     model.model.dtype = kind
     prompts = torch.randint(vocab_size, (rows, prompt_tokens)).tolist()
+    cache = engine.Cache(model, conversation=False)             # as theirs, the model is ready when the clock starts
 
     def ours():
-        engine.generate(model, prompts, max_new_tokens=new_tokens, temperature=1.0, seed=seed)
+        engine.generate(None, prompts, max_new_tokens=new_tokens, temperature=1.0, seed=seed, max_batch=rows, stop=(),
+                        cache=cache)
     found = {"ours": ours}
     if wanted("transformers"):
         from transformers import AutoModelForCausalLM
@@ -353,8 +391,8 @@ def bench_data(where, kind):
     yield dict(what=data, tokens_per_second=rows * context / measure(load, where))
 
 
-COMMANDS = {"env": bench_env, "attention": bench_attention, "logprob": bench_logprob, "train": bench_train,
-            "generate": bench_generate, "data": bench_data}
+COMMANDS = {"env": bench_env, "errors": bench_errors, "attention": bench_attention, "logprob": bench_logprob,
+            "train": bench_train, "generate": bench_generate, "data": bench_data}
 
 
 def text(value):

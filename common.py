@@ -59,7 +59,8 @@ def keep_freed_memory():
 
 
 def pick_device(name):
-    """torch.device of "auto" (cuda, else mps, else cpu) or of a name; ValueError if this machine has none such."""
+    """torch.device of "auto" (cuda, else mps, else cpu) or of a name, a GPU then being torch's current one; ValueError
+    if this machine has none such."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in found if found[kind])
@@ -73,6 +74,8 @@ def pick_device(name):
                          "--device=auto, and no more ranks than there are GPUs")
     if kind == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several ranks need cuda or cpu, not mps; use --device=cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index or 0))
     return torch.device(name)
 
 
@@ -167,8 +170,6 @@ class Run:
         self.records = None                     # a Log on the first rank, once resume() was called
         self.check_out_dir()
         if "RANK" in os.environ:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         keep_freed_memory()
         self.matmul_flops = matmul_rate(self.device, self.dtype)
@@ -237,6 +238,8 @@ class Run:
             self.first_step, self.elapsed_before = self.state["step"], self.state["elapsed"]
             self.extra = self.state["extra"]
             torch.set_rng_state(self.state["rng"])
+            if self.state.get("cuda_rng") is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.state["cuda_rng"], self.device)
         if self.is_main:
             if self.state is None and os.path.exists(self.path("model.safetensors")):
                 shutil.rmtree(self.path("replaced"), ignore_errors=True)    # overwritten: aside until the first save
@@ -257,8 +260,9 @@ class Run:
                 model.save(folder)
                 if tokenizer is not None:
                     tokenizer.save(folder)
+            cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             state = dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), extra=self.extra,
-                         rng=torch.get_rng_state(), options=self.config, dtype=str(self.dtype),
+                         rng=torch.get_rng_state(), cuda_rng=cuda_rng, options=self.config, dtype=str(self.dtype),
                          log_size=self.records.saved(), elapsed=self.clock())
             write_atomic(self.path("resume", "state.pt"), lambda f: torch.save(state, f))
             shutil.rmtree(self.path("replaced"), ignore_errors=True)
@@ -288,7 +292,7 @@ class Run:
     def move(self, *tensors):
         """The tensors on this rank's device, copied to a GPU while it computes; None stays None."""
         pinned = self.device.type == "cuda"
-        return [x if x is None else (x.pin_memory() if pinned else x).to(self.device, non_blocking=True)
+        return [x if x is None else (x.pin_memory() if pinned else x).to(self.device, non_blocking=pinned)
                 for x in tensors]
 
     def meet(self, model, now):
@@ -331,6 +335,14 @@ class Run:
         self.stopping = True
         if self.is_main:
             print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def mark(self):
+        """Where `rate` measures from: seconds, or an event among the GPU's work."""
+        return record.after_copies(self.device) if self.device.type == "cuda" else time.perf_counter()
+
+    def rate(self, begin):
+        """One over the seconds since mark() gave `begin`, for a record: of a GPU's work, and known a step late."""
+        return record.Rate(begin, self.mark()) if self.device.type == "cuda" else 1 / (self.mark() - begin)
 
     def stop_requested(self):
         """True on every rank once any of them got SIGINT or SIGTERM. A second signal ends at once."""

@@ -62,23 +62,25 @@ class Cache:
     """Keys and values of the rows in the batch, (layer, 2, row, key head, column, D), grown as they are needed.
 
     Row b's tokens stand in columns 0 .. len - 1. On CPU they are kept in fp32, which its attention kernels want.
-    ids: what row 0 holds, for `stream` to go on from; None if rows come and go.
+    ids: what row 0 holds, for `stream` to go on from; None if rows come and go, which are then no conversation.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, conversation=True):
         self.model = Decoder(model)
         config, self.device = model.config, model.lm_head.weight.device
         self.dtype = torch.float32 if self.device.type == "cpu" else self.model.dtype
         self.kv = torch.zeros(config.n_layer, 2, 0, config.n_kv_head, 0, config.head_dim, dtype=self.dtype,
                               device=self.device)
-        self.ids = []
-        self.buckets = {} if self.device.type == "cuda" else None   # (batch size, sampler): its input and its step
+        self.ids = [] if conversation else None
+        self.buckets = {} if self.device.type == "cuda" else None   # (rows, kind of sampler): input, step and sampler
 
     @torch.inference_mode()
     def reserve(self, rows, columns):
         """Makes room for so many rows and columns; what is there stays."""
         have_rows, have_columns = self.kv.size(2), self.kv.size(4)
         if rows > have_rows or columns > have_columns:
+            if self.buckets and columns > have_columns:     # graphs are captured anew: not often, then
+                columns = max(columns, min(2 * have_columns, self.model.config.context))
             columns = max(have_columns, -(-columns // BLOCK) * BLOCK)
             shape = list(self.kv.shape)
             shape[2], shape[4] = max(rows, have_rows), columns
@@ -127,8 +129,8 @@ class Cache:
             self.reserve(B, columns)
             found = sampler(self.step(newest.to(self.device), columns), active)
         else:
-            size = 1 << (B - 1).bit_length()                # the next power of two; rows beyond B compute nonsense
-            self.reserve(size, columns)
+            self.reserve(B, columns)
+            size = min(4 ** ((B - 1).bit_length() + 1 >> 1), self.kv.size(2))   # rows beyond B compute nonsense
             found = self.replayed(newest, size, active, sampler)
         if self.ids is not None:
             self.ids.append(active[0].ids[-1])
@@ -144,8 +146,8 @@ class Cache:
         if kind not in self.buckets:
             held = torch.ones(size, 4, dtype=torch.long, device=self.device)
             held[:B] = newest                               # capturing runs the step, on the cache as it is
-            self.buckets[kind] = held, captured(step, self.device)
-        held, replay = self.buckets[kind]
+            self.buckets[kind] = held, captured(step, self.device), sampler     # whose memory the graph reads
+        held, replay, _ = self.buckets[kind]
         held[:B] = newest
         found = replay()[:B]
         return found if sampler.captured else sampler(found, active)

@@ -87,16 +87,16 @@ def stream(model, prompts, n=1, *, max_new_tokens=128, temperature=1.0, top_k=0,
     its order; the defaults turn them off. stop: ids and texts (these need the tokenizer) that end a row; None: the
     model's own. overflow: with "stop" a row ends when the context is full; with "slide" it then forgets its older half
     and goes on. The padding token is never sampled.
-    cache: a Cache to go on from (one prompt, n=1): what it shares with the prompt is not computed again. It has its own
-    copy of the weights, so that `model` may then be None.
+    cache: a Cache to go on from (one prompt, n=1): what it shares with the prompt is not computed again. One that is no
+    conversation serves any prompts, and spares each call its preparations. It has its own copy of the weights, so that
+    `model` may then be None.
     ValueError on an option out of range, an empty prompt, and one longer than the context unless it may slide.
     """
     check(prompts, n, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, max_batch, overflow)
-    if cache is not None and (len(prompts) != 1 or n != 1):
-        raise ValueError(f"a cache to go on from serves one prompt and n=1, got {len(prompts)} prompts and n={n}")
     if cache is None:
-        cache = Cache(model)
-        cache.ids = None                                    # rows come and go: no conversation to remember
+        cache = Cache(model, conversation=False)
+    if cache.ids is not None and (len(prompts) != 1 or n != 1):
+        raise ValueError(f"a cache to go on from serves one prompt and n=1, got {len(prompts)} prompts and n={n}")
     context = cache.model.config.context
     stop_ids, stop_texts = split_stop(cache.model.config.stop_ids if stop is None else stop, tokenizer)
     sampler = Sampler(cache.model.config, cache.device, temperature, top_k, top_p, min_p, repetition_penalty)
@@ -116,6 +116,9 @@ def stream(model, prompts, n=1, *, max_new_tokens=128, temperature=1.0, top_k=0,
             waiting.append(Row(p * n + i, row_key(seed, prompt, numbers[prompt]), list(prompt), tail))
             numbers[prompt] += 1
     waiting = collections.deque(sorted(waiting, key=lambda row: (-len(row.ids), row.ids)))
+
+    if cache.buckets is not None and waiting:               # graphs read this memory; it should not move
+        cache.reserve(min(max_batch, len(waiting)), min(context, len(waiting[0].ids) + max_new_tokens))
 
     active, shared = [], None           # rows in the batch; the prompt computed for rows that still wait
     while waiting or active:
@@ -220,7 +223,7 @@ def admit(cache, waiting, first, free, context, shared):
     rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
     for row in rows:
         row.ids = row.ids[-context:]
-    cache.reserve(first + len(rows), max(len(row.ids) for row in rows) + 1)
+    cache.reserve(first + len(rows), max(len(row.ids) for row in rows))
     leaders = {}                                            # prompt: where its first row stands
     for place, row in enumerate(rows, first):
         leaders.setdefault(tuple(row.ids), place)

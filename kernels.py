@@ -70,10 +70,14 @@ def decode_attention(q, k_cache, v_cache, lengths, start=None, window=0, seen=No
     """
     B, T, H, D = q.shape
     K, S = k_cache.shape[1:3]
-    if k_cache.shape != (B, K, S, D) or v_cache.shape != k_cache.shape or H % K or lengths.shape != (B,):
+    begins = lengths if start is None else start
+    if (k_cache.shape != (B, K, S, D) or v_cache.shape != k_cache.shape or H % K or lengths.shape != (B,)
+            or begins.shape != (B,)):
         raise ValueError(f"decode_attention got q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache "
-                         f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}; caches must be (B, Hkv, S, D) with "
-                         "Hkv a divisor of H, and lengths (B,)")
+                         f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}, start {tuple(begins.shape)}; caches "
+                         "must be (B, Hkv, S, D) with Hkv a divisor of H, and lengths and start (B,)")
+    if window < 0:
+        raise ValueError(f"decode_attention window must be 0 (off) or more tokens, got {window}")
     if T == 1 and triton_kernels.chosen(impl, k_cache, D):
         return triton_decode.decode(q, k_cache, v_cache, lengths, start, window)
     if seen is None:
@@ -162,6 +166,7 @@ class RMSNorm(torch.autograd.Function):
         return normed * weight
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         normed, scale, weight = ctx.saved_tensors
         product = grad * normed
@@ -199,6 +204,7 @@ class Rotate(torch.autograd.Function):
         return turn(x, cos, sin, attention_layout(x), 1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, sin, grad.new_empty(grad.shape), -1), None, None
@@ -239,6 +245,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
@@ -261,7 +268,11 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     is the likeliest token, (...) bool: 0 and False where the target is -100, no gradient through either.
     The logits exist a chunk of tokens at a time, in forward and again in backward. The gradient with respect to each
     token's log-probability is arbitrary, so that one primitive serves cross entropy, DPO's sums and PPO's ratios.
+    ValueError on shapes that do not fit, and on a temperature that is not above 0.
     """
+    if hidden.shape[:-1] != targets.shape or hidden.size(-1) != weight.size(-1) or not temperature > 0:
+        raise ValueError(f"linear_logprob got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
+                         f"{tuple(targets.shape)}, {temperature=}; these must be (..., C), (V, C), (...) and above 0")
     if triton_kernels.chosen(impl, hidden):
         return triton_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)
     return plain_logprob.linear_logprob(hidden, weight, targets, temperature, want_entropy, want_hits)

@@ -67,8 +67,8 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, accepted=None):
-        """One update; none, and no trace of it, where the bool tensor `accepted` is False. A GPU finds that out by
-        itself: nothing waits for it."""
+        """One update; none, and no trace of it, where the bool tensor `accepted` is False. If that is on a GPU, the
+        GPU finds it out by itself: nothing waits for it."""
         if accepted is not None and accepted.device.type == "cpu":
             if not accepted:
                 return
@@ -191,8 +191,9 @@ class SpikeGuard:
 
     @torch.no_grad()
     def accepts(self, loss, grad_norm):
-        """Bool tensor, decided where grad_norm is: nothing waits for a GPU."""
+        """Bool tensor, decided where grad_norm is on CUDA: nothing waits for a GPU."""
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32)
+        grad_norm = grad_norm if grad_norm.is_cuda else grad_norm.cpu()     # elsewhere it is decided here and now
         norms, skipped, row, loss = (torch.as_tensor(x).to(grad_norm.device, non_blocking=True) for x in (
             self.norms, self.skipped, self.row, loss))
         moved = norms > 0                                   # no signal at all says nothing of what is usual

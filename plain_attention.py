@@ -51,6 +51,7 @@ class PlainAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, allowed, *kept = ctx.saved_tensors
         B, H, T, D = q.shape
@@ -89,15 +90,20 @@ def probabilities(q, k, allowed, first, last):
     if allowed is None:
         by_head[..., first:] += hidden
     else:
-        by_head.masked_fill_(~allowed[..., first:last, :last], -1e30)
+        by_head.masked_fill_(~allowed[..., first:last, :last], never(q.dtype))
     return torch.softmax(logits, -1)
+
+
+def never(dtype):
+    """What stands for minus infinity among logits."""
+    return max(-1e30, torch.finfo(dtype).min)
 
 
 @functools.lru_cache(maxsize=16)
 def later(T, dtype, device):
-    """(T, T): -1e30 where key s comes after query t, else 0."""
+    """(T, T): never(dtype) where key s comes after query t, else 0."""
     with torch.inference_mode(False):
-        return torch.full((T, T), -1e30, dtype=dtype, device=device).triu_(1)
+        return torch.full((T, T), never(dtype), dtype=dtype, device=device).triu_(1)
 
 
 # --- within documents ---
@@ -144,8 +150,6 @@ class Documents:
         """(M * H,): for each row of the groups, the row of width D of a tensor (B, T, H, D) that belongs there."""
         if (shape, stride) not in self.known:
             _, T, H, D = shape
-            if stride[3] != 1 or any(step % D for step in stride[:3]):
-                raise ValueError(f"attention within documents needs whole heads side by side in memory, got {stride}")
             row, token, head = (step // D for step in stride[:3])
             source = self.padded // T * row + self.padded % T * token
             source = source[:, None] + torch.arange(H, device=source.device) * head             # (M, H)
@@ -192,6 +196,8 @@ class Scatter(torch.autograd.Function):
 def document_attention(q, k, v, documents):
     """Causal softmax attention of q (B, T, H, D) to k, v (B, T, Hkv, D) within Documents, (B, T, H, D)."""
     D = q.size(-1)
+    q, k, v = (x if x.stride(3) == 1 and not any(step % D for step in x.stride()[:3]) else x.contiguous()
+               for x in (q, k, v))
     rows = [Gather.apply(x, documents, is_key) for x, is_key in ((q, False), (k, True), (v, True))]
     groups = [x.split([n * heads * L for n, L in documents.shapes])
               for x, heads in zip(rows, (q.size(2), k.size(2), v.size(2)))]

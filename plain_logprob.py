@@ -43,11 +43,11 @@ def logprobs(hidden, weight, targets, temperature, want_entropy, want_hits):
     return (logp, entropy, hits), logits if len(chunks) == 1 else None
 
 
-def gradients(grad, hidden, weight, targets, temperature, want_dweight, logits=None):
-    """Gradients of hidden and of weight (empty if not wanted). `logits`, of one chunk, are overwritten."""
+def gradients(grad, hidden, weight, targets, temperature, want_dhidden, want_dweight, logits=None):
+    """Gradients of hidden and of weight, empty if not wanted. `logits`, of one chunk, are overwritten."""
     ignored = targets == -100
     targets = targets.masked_fill(ignored, 0).unsqueeze(-1)
-    dhidden = torch.empty_like(hidden)
+    dhidden = torch.empty_like(hidden if want_dhidden else hidden[:0])
     dweight = torch.zeros(weight.shape if want_dweight else 0, dtype=torch.float32, device=weight.device)
     grad = (grad.masked_fill(ignored, 0) / temperature).unsqueeze(-1)
     for chunk, blocks in row_chunks(hidden, weight):
@@ -56,7 +56,8 @@ def gradients(grad, hidden, weight, targets, temperature, want_dweight, logits=N
         for here, rows in blocks:               # d logp / d logits = onehot - softmax, in the logits' own memory
             p_RV = torch.softmax(scaled(logits[rows], temperature), -1, dtype=torch.float32)
             logits[rows] = p_RV.mul_(-grad[here]).scatter_add_(-1, targets[here], grad[here])
-        dhidden[chunk] = logits @ weight
+        if want_dhidden:
+            dhidden[chunk] = logits @ weight
         if want_dweight and dweight.dtype == logits.dtype:
             torch.addmm(dweight, logits.t(), hidden[chunk], out=dweight)
         elif want_dweight:
@@ -101,10 +102,10 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def all_gradients(ctx, function, grad, *more):
-    """The gradients of all arguments, by `function`; none of a frozen head."""
-    wanted = ctx.needs_input_grad[1]
-    dhidden, dweight = function(grad, *ctx.saved_tensors, ctx.temperature, wanted, *more)
-    return dhidden, dweight if wanted else None, None, None, None, None
+    """The gradients of all arguments, by `function`; none of what is frozen."""
+    wanted = ctx.needs_input_grad[:2]
+    found = function(grad, *ctx.saved_tensors, ctx.temperature, *wanted, *more)
+    return *(x if asked else None for x, asked in zip(found, wanted)), None, None, None, None
 
 
 # --- the same as operations that a compiler does not look into ---
@@ -124,13 +125,14 @@ def _(hidden, weight, targets, temperature, want_entropy, want_hits):
 
 @torch.library.custom_op("zero2chat::plain_logprob_backward", mutates_args=())
 def opaque_backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                    temperature: float, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return gradients(grad, hidden, weight, targets, temperature, want_dweight)
+                    temperature: float, want_dhidden: bool, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return gradients(grad, hidden, weight, targets, temperature, want_dhidden, want_dweight)
 
 
 @opaque_backward.register_fake
-def _(grad, hidden, weight, targets, temperature, want_dweight):
-    return torch.empty_like(hidden), weight.new_empty(weight.shape if want_dweight else 0)
+def _(grad, hidden, weight, targets, temperature, want_dhidden, want_dweight):
+    dweight = weight.new_empty(weight.shape if want_dweight else 0)
+    return torch.empty_like(hidden if want_dhidden else hidden[:0]), dweight
 
 
 def keep(ctx, inputs, output):

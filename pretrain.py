@@ -90,7 +90,7 @@ def evaluate(model, rows, token_bytes, run):
     """
     total = 0.0                                             # nats, tokens, nats of text, bytes
     for ids_BT, targets_BT, cu_seqlens in rows:
-        nll_BT = common.exact(model(*run.move(ids_BT, targets_BT, cu_seqlens)))
+        nll_BT = common.exact(model.forward(*run.move(ids_BT, targets_BT, cu_seqlens)))     # compiled or not
         bytes_BT = token_bytes[targets_BT.clamp_min(0)] * (targets_BT != -100)
         n_targets, bytes_BT = (targets_BT != -100).sum(), bytes_BT.to(nll_BT.device)
         total += torch.stack([nll_BT.sum(), n_targets.to(nll_BT.device), (nll_BT * (bytes_BT > 0)).sum(),
@@ -154,10 +154,12 @@ def main(config):
     if compiled:
         model.compile(dynamic=False)
 
-    def padded(batch, n_offsets=0):
-        """The batch with as many offsets as any other, or few more: a compiled model has a graph for each number."""
+    def padded(batch):
+        """The batch with as many offsets as any other: a compiled model has a graph for each number."""
         *batch, cu_seqlens = batch
-        return *batch, pad_offsets(cu_seqlens, n_offsets) if compiled and cu_seqlens is not None else cu_seqlens
+        if compiled and cu_seqlens is not None:
+            cu_seqlens = pad_offsets(cu_seqlens, micro * batches.most_documents + 1)
+        return *batch, cu_seqlens
 
     # optimizer, and where the resumed run stopped
     updates = optim.build(model, optimizer, lr, matrix_lr, embed_lr, weight_decay, (beta1, beta2), momentum,
@@ -179,7 +181,6 @@ def main(config):
             eval_rows = max(2 * micro, 8192 // context)     # no gradients: more rows fit
             held_out = [fixed_rows(folder, "val", context, eval_rows, eval_tokens, run.rank, run.world_size,
                                    mask_documents, wrote) for folder in folders]
-            held_out = [map(padded, rows) for rows in held_out]
             scores = [masking.evaluate(model, batches.held_out(rows), run) if mlm else
                       evaluate(model, rows, token_bytes, run) for rows in held_out]
             val_loss, score = mixture.average(scores, second)
@@ -201,7 +202,7 @@ def main(config):
             break
 
         # learning rate
-        begin = run.clock()
+        begin = run.mark()
         scale = optim.lr_scale(step, done, schedule, warmup_steps, decay_fraction, final_lr)
         for group in updates.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -211,7 +212,7 @@ def main(config):
         loss_sum, hits = 0.0, 0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            nll_BT = model(*run.move(*padded(batches(step, i), micro * batches.most_documents + 1)), want_hits=mlm)
+            nll_BT = model(*run.move(*padded(batches(step, i))), want_hits=mlm)
             if mlm:
                 nll_BT, hits_BT = nll_BT
                 hits += hits_BT.sum()
@@ -225,9 +226,9 @@ def main(config):
         updates.zero_grad()
 
         # log the whole step
-        tokens_per_second = tokens_per_step / (run.clock() - begin)
+        tokens_per_second = run.rate(begin) * tokens_per_step
         right = {"accuracy": run.total(hits) / targets_in_step} if mlm else {}
-        mfu = tokens_per_second * model.config.flops_per_token(context) / run.matmul_flops / run.world_size
+        mfu = tokens_per_second * (model.config.flops_per_token(context) / run.matmul_flops / run.world_size)
         run.log(step, done, loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
                 num_tokens=(step + 1) * tokens_per_step, tokens_per_second=tokens_per_second, mfu=mfu,
                 skipped_updates=guard.skipped, **right)

@@ -4,6 +4,7 @@
     log.record(step, done=0.5, metrics=dict(loss=2.0))
     picture = curves("out/run/log.jsonl")
 """
+import atexit
 import io
 import json
 import os
@@ -20,8 +21,8 @@ class Fetched:
     """Numbers and one-element tensors by name, as numbers later: those on a GPU are copied while it goes on."""
 
     def __init__(self, named):
-        self.named = {name: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
-                      for name, value in named.items()}
+        self.named = {name: value.detach().to("cpu", non_blocking=value.is_cuda) if isinstance(value, torch.Tensor)
+                      else value for name, value in named.items()}
         gpus = [value.device for value in named.values() if isinstance(value, torch.Tensor) and value.is_cuda]
         self.event = after_copies(gpus[0]) if gpus else None
 
@@ -29,14 +30,27 @@ class Fetched:
         """{name: number}, once the copies have arrived."""
         if self.event:
             self.event.synchronize()
-        return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in self.named.items()}
+        return {name: value.item() if hasattr(value, "item") else value for name, value in self.named.items()}
 
 
 def after_copies(device):
-    """An event that comes when all that the GPU was given so far is done."""
-    event = torch.cuda.Event()
+    """An event that comes, and knows when, once all that the GPU was given so far is done."""
+    event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+class Rate:
+    """`amount` a second of what a GPU does between two timed events: a number, as item(), once it is done."""
+
+    def __init__(self, begin, end, amount=1.0):
+        self.begin, self.end, self.amount = begin, end, amount
+
+    def __mul__(self, number):
+        return Rate(self.begin, self.end, self.amount * number)
+
+    def item(self):
+        return self.amount / self.begin.elapsed_time(self.end) * 1e3
 
 
 class Log:
@@ -55,6 +69,7 @@ class Log:
             bar = "{percentage:3.0f}% {bar} {elapsed} gone, {postfix}"
             self.bar = tqdm(total=1000, bar_format=bar, leave=False)
         self.tracker = start_tracker(config.get("report_to", ""), config, folder)
+        atexit.register(self.close)             # an error is often about the record that waits
 
     def print(self, *lines):
         """Prints above the progress bar."""
@@ -102,6 +117,7 @@ class Log:
         return self.file.tell()
 
     def close(self):
+        atexit.unregister(self.close)
         self.write()
         if self.bar:
             self.bar.close()

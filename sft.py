@@ -105,7 +105,8 @@ def evaluate(model, rows, run):
     total = 0.0
     for ids_BT, targets_BT, _, cu_seqlens in rows:
         ids_BT, targets_BT, cu_seqlens = run.move(ids_BT, targets_BT, cu_seqlens)
-        total += token_sums(*model(ids_BT, targets_BT, cu_seqlens, want_entropy=True, want_hits=True), targets_BT)
+        columns = model.forward(ids_BT, targets_BT, cu_seqlens, want_entropy=True, want_hits=True)  # compiled or not
+        total += token_sums(*columns, targets_BT)
     *sums, targets = run.total(total).tolist()
     names = "eval_loss", "eval_entropy", "eval_mean_token_accuracy"
     return {name: value / max(1, targets) for name, value in zip(names, sums)}
@@ -160,10 +161,10 @@ def main(config):
     if compiled:
         model.compile(dynamic=False)
 
-    def padded(batch, n_offsets=0):
-        """The batch with as many offsets as any other, or few more: a compiled model has a graph for each number."""
+    def padded(batch):
+        """The batch with as many offsets as any other: a compiled model has a graph for each number."""
         *batch, cu_seqlens = batch
-        return *batch, pad_offsets(cu_seqlens, n_offsets) if compiled else cu_seqlens
+        return *batch, pad_offsets(cu_seqlens, micro * batches.most_documents + 1) if compiled else cu_seqlens
 
     # data
     batches = ChatBatches(data, "train", rows_per_step, micro, T, seed, run.rank, run.world_size, tokenizer, packing,
@@ -193,7 +194,7 @@ def main(config):
         # evaluate and save
         if done >= 1 or step % eval_every == 0 and (step > run.first_step or step == 0):
             rows = fixed_chats(data, "val", T, micro, eval_examples, run.rank, run.world_size, tokenizer)
-            metrics = evaluate(model, map(padded, rows), run)
+            metrics = evaluate(model, rows, run)
             for task in asked if run.is_main else ():
                 right, formatted = greedy_accuracy(model, tokenizer, task, eval_questions)
                 metrics |= {f"eval_accuracy/{task}": right, f"eval_format/{task}": formatted}
@@ -215,7 +216,7 @@ def main(config):
             break
 
         # learning rate
-        begin = run.clock()
+        begin = run.mark()
         scale = optim.lr_scale(step, done, schedule, warmup_steps, final=final_lr)
         for group in updates.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -226,8 +227,7 @@ def main(config):
         loss_sum = sums = 0.0
         for i in range(accumulation):
             run.meet(model, now=i == accumulation - 1)
-            batch = padded(batches(step, i), micro * batches.most_documents + 1)
-            ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*batch)
+            ids_BT, targets_BT, weights_BT, cu_seqlens = run.move(*padded(batches(step, i)))
             nll_BT = model(ids_BT, targets_BT, cu_seqlens, want_entropy=measured, want_hits=measured)
             if measured:
                 nll_BT, entropy_BT, hits_BT = nll_BT
@@ -246,7 +246,7 @@ def main(config):
         n_tokens = batches.targets_in_step(step, weighted=False)
         run.extra["num_tokens"] = run.extra.get("num_tokens", 0) + n_tokens
         metrics = dict(loss=loss, grad_norm=grad_norm, learning_rate=lr * scale, epoch=batches.epoch(step + 1),
-                       num_tokens=run.extra["num_tokens"], tokens_per_second=n_tokens / (run.clock() - begin),
+                       num_tokens=run.extra["num_tokens"], tokens_per_second=run.rate(begin) * n_tokens,
                        skipped_updates=guard.skipped)
         if measured:
             _, entropy, hits, n = run.total(sums)

@@ -91,12 +91,12 @@ def chosen(impl, x, width=0):
 # --- documents as tiles ---
 
 def check_offsets(cu_seqlens, n_tokens):
-    """ValueError unless offsets rise from 0 to n_tokens; on a GPU, which the host does not wait for, and in compiled
+    """ValueError unless offsets rise from 0 to n_tokens; on CUDA, which the host does not wait for, and in compiled
     code a failed assertion."""
     enough = len(cu_seqlens) > 1
     rising = enough and (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()
     message = f"cu_seqlens must rise from 0 to B*T = {n_tokens}"
-    if enough and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+    if enough and (cu_seqlens.is_cuda or torch.compiler.is_compiling()):
         torch._assert_async(rising, message)
     elif not rising:
         raise ValueError(f"{message}, got {cu_seqlens.tolist()}")

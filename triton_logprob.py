@@ -100,24 +100,27 @@ def _(hidden, weight, targets, temperature, want_entropy, want_hits):
 
 @torch.library.custom_op("zero2chat::linear_logprob_backward", mutates_args=())
 def logprob_backward(grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                     lse: torch.Tensor, temperature: float, want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of hidden and weight (empty if not wanted); the logits are computed again."""
+                     lse: torch.Tensor, temperature: float, want_dhidden: bool,
+                     want_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of hidden and weight, empty if not wanted; the logits are computed again."""
     grad, hidden, targets, V = grad.contiguous(), hidden.contiguous(), targets.contiguous(), weight.size(0)
-    dhidden = torch.empty_like(hidden)
+    dhidden = torch.empty_like(hidden if want_dhidden else hidden[:0])
     dweight = torch.zeros(weight.shape if want_dweight else 0, dtype=torch.float32, device=weight.device)
     with torch.cuda.device_of(hidden):
         for chunk, logits in chunks(hidden, weight):
             dlogits_kernel[len(logits), -(-V // ROW_STEP)](logits, targets[chunk], lse[chunk], grad[chunk], V,
                                                            temperature, STEP=ROW_STEP, num_warps=4)
-            torch.mm(logits, weight, out=dhidden[chunk])
+            if want_dhidden:
+                torch.mm(logits, weight, out=dhidden[chunk])
             if want_dweight:
                 dweight += logits.t() @ hidden[chunk]
     return dhidden, dweight.to(weight.dtype)
 
 
 @logprob_backward.register_fake
-def _(grad, hidden, weight, targets, lse, temperature, want_dweight):
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape if want_dweight else 0)
+def _(grad, hidden, weight, targets, lse, temperature, want_dhidden, want_dweight):
+    dweight = weight.new_empty(weight.shape if want_dweight else 0)
+    return hidden.new_empty((hidden if want_dhidden else hidden[:0]).shape), dweight
 
 
 def keep_for_logprob(ctx, inputs, output):
@@ -127,9 +130,9 @@ def keep_for_logprob(ctx, inputs, output):
 
 
 def backward_of_logprob(ctx, grad, *_):
-    wanted = ctx.needs_input_grad[1]                    # not of a frozen head
-    dhidden, dweight = logprob_backward(grad, *ctx.saved_tensors, ctx.temperature, wanted)
-    return dhidden, dweight if wanted else None, None, None, None, None
+    wanted = ctx.needs_input_grad[:2]                   # not of a frozen head, nor below one that alone is trained
+    found = logprob_backward(grad, *ctx.saved_tensors, ctx.temperature, *wanted)
+    return *(x if asked else None for x, asked in zip(found, wanted)), None, None, None, None
 
 
 logprob_forward.register_autograd(backward_of_logprob, setup_context=keep_for_logprob)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every goal of docs/kernels.md on one NVIDIA GPU, in one table, in under 8 minutes (each shape is given up after 2).
+# Every goal of docs/kernels.md on one NVIDIA GPU, in one table, in under 8 minutes.
 #   bash runs/gpu_bench.sh path/to/nanoGPT path/to/nanochat      their models beside ours; without paths they are left out
 # PYTHON names an interpreter whose torch has CUDA already, and nothing is installed then.
 requirements="requirements.txt"

@@ -26,22 +26,25 @@ def run(*arguments, status=0):
     (["attention", "--document=5", "--n_kv_head=1"], ["ours, auto", "SDPA, dense", "SDPA, masked", "decode, ours"]),
     (["attention", "--window=3"], ["ours, auto", "SDPA, dense", "SDPA, masked", "decode, ours"]),
     (["logprob"], ["ours, auto", "ours, torch", "whole logits"]), (["train", "--document=4"], ["ours"]),
-    (["generate"], ["ours"])])
+    (["generate"], ["ours"]),
+    (["errors"], ["attention 64 wide, 1 heads a key, window=0", "attention 64 wide, 4 heads a key, documents, window=0",
+                  "attention 128 wide, 2 heads a key, documents, window=100",
+                  "attention 128 wide, 1 heads a key, window=2", "decode", "log-probabilities"])])
 def test_every_command_prints_its_rows_and_appends_them_as_json(tmp_path, command, whats):
     path = tmp_path / "results.jsonl"
     output = run(*command, *TINY, f"--json={path}")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["what"] for row in rows] == whats and all(f"| {what} |" in output for what in whats)
     for row in rows:
-        speeds = [row[x] for x in ("forward_ms", "ms", "tokens_per_second") if x in row]
-        assert speeds and min(speeds) > 0 and row["options"]["context"] == 16
+        speeds = [row[x] for x in ("forward_ms", "ms", "tokens_per_second", "roundings") if x in row]
+        assert speeds and min(speeds) > 0 and row["options"]["context"] == 16 and row.get("right", "yes") == "yes"
         if row.get("error"):
             assert row["error"] < 0.1
         assert row.get("equal_backwards", "2/2") == "2/2"
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["speed"], "begin with one of env, attention, logprob, train, generate, data"),
+    (["speed"], "begin with one of env, errors, attention, logprob, train, generate, data"),
     (["train", "--rows=0"], "--rows must be at least 1, got 0"),
     (["attention", "--peers=flash"], "peers must be of sdpa"), (["train", "--optimizer=sgd"], "adamw or muon"),
     (["train", *TINY, "--nanogpt=nowhere"], "there is no checkout at --nanogpt=nowhere"),
@@ -81,7 +84,8 @@ def test_the_gpu_run_asks_for_options_that_exist_and_reads_columns_that_are_writ
     rows = list(gpu_bench.goals({name: {} for name in gpu_bench.SHAPES}))
     assert len(rows) > 10 and all(figure is None for _, _, figure, _ in rows)
     filled = {name: {what: dict(forward_ms=2.0, backward_ms=2.0, ms=2.0, tokens_per_second=2.0, mfu_sheet=2.0,
-                                forward_tflops=2.0, backward_tflops=2.0, share_of_copy=2.0, equal_backwards="100/100")
+                                forward_tflops=2.0, backward_tflops=2.0, share_of_copy=2.0, right="yes",
+                                equal_backwards="100/100")
                      for what in ("ours", "ours, auto", "ours, triton", "SDPA, dense", "varlen_attn", "decode, ours",
                                   "whole logits")} for name in gpu_bench.SHAPES}
     assert all(figure is not None for _, _, figure, _ in gpu_bench.goals(filled))

@@ -1,6 +1,8 @@
 """Cached generation equals uncached; log-probabilities equal recomputed ones; neighbours change nothing."""
+import gc
 import math
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -72,28 +74,59 @@ def test_logits_of_every_step_equal_the_uncached_ones(monkeypatch):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.8, top_k=9, top_p=0.9),
-                                      dict(temperature=1.0, repetition_penalty=1.2)])
-def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(monkeypatch, sampling):
-    """What a CUDA graph does: capturing runs the step with its sampling, but for a penalty, which looks at all ids; a
-    replay computes a power of two of rows and all columns."""
-    model, prompts = tiny(context=600), ragged(21)
-    options = dict(max_new_tokens=300, max_batch=11, seed=1, stop=(), **sampling)
-    expected = engine.generate(model, prompts, **options)
+@pytest.fixture
+def captures(monkeypatch):
+    """What steps gave as they were captured, as if decoding were on CUDA."""
     captures = []
     monkeypatch.setattr(decoder, "captured", lambda step, device: captures.append(step()) or step)
 
     class Bucketed(decoder.Cache):
-        def __init__(self, model):
-            super().__init__(model)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             self.buckets = {}
     monkeypatch.setattr(engine, "Cache", Bucketed)
+    return captures
+
+
+SAMPLINGS = [dict(temperature=0), dict(temperature=0.8, top_k=9, top_p=0.9),
+             dict(temperature=1.0, repetition_penalty=1.2)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_decoding_in_padded_buckets_over_the_whole_cache_is_the_same(request, sampling):
+    """What a CUDA graph does: capturing runs the step with its sampling, but for a penalty, which looks at all ids; a
+    replay computes a power of four of rows, or all, and all columns."""
+    model, prompts = tiny(context=600), ragged(21)
+    options = dict(max_new_tokens=300, max_batch=11, seed=1, stop=(), **sampling)
+    expected = engine.generate(model, prompts, **options)
+    captures = request.getfixturevalue("captures")
     got = engine.generate(model, prompts, **options)
-    assert {len(logits) & len(logits) - 1 for logits in captures} == {0} and len(captures) == 2
-    assert {x.size(1) for x in captures} == {VOCAB if "repetition_penalty" in sampling else 2}
+    assert [len(found) for found in captures] == [11]           # nothing grows meanwhile
+    assert captures[0].size(1) == (VOCAB if "repetition_penalty" in sampling else 2)
     assert [s.tokens for s in got] == [s.tokens for s in expected]
     for a, b in zip(got, expected):
         assert a.logp == pytest.approx(b.logp, abs=1e-5)
+
+
+def test_graphs_are_few_as_rows_leave_and_serve_later_calls_with_what_they_read(captures):
+    model, prompts, options = tiny(context=64), ragged(21), dict(max_new_tokens=40, stop=(3, 4, 5, 6), seed=1)
+    cache = engine.Cache(model, conversation=False)
+    first = engine.generate(None, prompts, cache=cache, **options)
+    assert len({len(sample.tokens) for sample in first}) > 8
+    assert [len(found) for found in captures] == [21, 16, 4]
+    read = [weakref.ref(sampler.banned) for _, _, sampler in cache.buckets.values()]
+    gc.collect()
+    assert all(ref() is not None for ref in read)
+    again = engine.generate(None, prompts, cache=cache, **options)
+    assert len(captures) == 3 and [s.tokens for s in again] == [s.tokens for s in first]
+
+
+def test_a_conversation_doubles_the_memory_that_graphs_read(captures):
+    model = tiny(context=2048)
+    cache = engine.Cache(model)
+    for length in (5, 300, 700, 900):
+        engine.generate(None, [list(range(3, 8)) * (length // 5)], cache=cache, max_new_tokens=2, stop=())
+    assert cache.kv.size(4) == 1024 and len(captures) == 3
 
 
 def test_a_decoder_in_bf16_computes_what_the_model_does_and_leaves_it_alone():
@@ -418,6 +451,11 @@ def test_decode_attention_refuses_shapes_that_do_not_fit():
     q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 3, 5, 8)
     with pytest.raises(ValueError, match="divisor of H"):
         decode_attention(q, k, k, torch.ones(2, dtype=torch.long))
+    k, lengths = torch.randn(2, 2, 5, 8), torch.ones(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"start \(1,\)"):
+        decode_attention(q, k, k, lengths, start=torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="window.*-3"):
+        decode_attention(q, k, k, lengths, window=-3)
 
 
 # --- what the decoder needs of the other kernels ---

@@ -1,7 +1,10 @@
 """Each kernel against a naive loop or formula in float64, in values and in gradients."""
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import plain_attention
@@ -178,6 +181,28 @@ def test_attention_refuses_offsets_that_do_not_rise_from_0_to_all_tokens(offsets
             attention(*random_qkv(2, 8, 2), torch.tensor(offsets, dtype=torch.int32), impl=impl)
 
 
+def test_attention_takes_heads_that_lie_apart_in_memory():
+    torch.manual_seed(0)
+    wide, ends = torch.randn(2, 9, 4, 18), torch.tensor([0, 4, 9, 18])
+    q = wide[..., :16]
+    torch.testing.assert_close(attention(q, q, q, ends), attention(*[q.contiguous()] * 3, ends))
+
+
+def test_attention_in_fp16_is_near_the_exact_one():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 2, 16).half()
+    exact = attention(q.double(), k.double(), v.double(), impl="sdpa")
+    torch.testing.assert_close(attention(q, k, v, impl="plain").double(), exact, atol=4e-3, rtol=0)
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    x = torch.randn(1, 4, 1, 8, requires_grad=True)
+    for out in attention(x, x, x), rms_norm(x, torch.ones(8), 1e-6), kernels.swiglu(x, x):
+        first, = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
 def test_attention_refuses_a_negative_window_and_an_unknown_impl():
     with pytest.raises(ValueError, match="window.*-1"):
         attention(*random_qkv(2, 8, 2), window=-1)
@@ -343,6 +368,30 @@ def test_a_target_of_minus_100_gives_0_and_no_gradient_whatever_comes_from_above
 def test_a_batch_without_targets_gives_zeros_and_zero_gradients(chunking):
     hidden, weight, targets, upstream = random_head()
     assert not any(x.any() for x in logprob_and_gradients(hidden, weight, torch.full_like(targets, -100), upstream))
+
+
+@pytest.mark.parametrize("shapes", [((5, 4), (9, 4), (3,)), ((2, 3, 4), (9, 4), (6,)), ((3, 5), (9, 4), (3,))])
+def test_linear_logprob_refuses_shapes_that_do_not_fit(shapes):
+    hidden, weight, targets = shapes
+    with pytest.raises(ValueError, match="linear_logprob got hidden"):
+        linear_logprob(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_linear_logprob_refuses_a_temperature_that_is_not_above_0(temperature):
+    hidden, weight, targets, _ = random_head()
+    with pytest.raises(ValueError, match="temperature=.* above 0"):
+        linear_logprob(hidden, weight, targets, temperature)
+
+
+@pytest.mark.parametrize("given, products", [((1, 1), 3), ((1, 0), 2), ((0, 1), 2)])
+def test_a_gradient_that_nothing_wants_costs_no_product(given, products):
+    hidden, weight, targets, upstream = random_head()
+    hidden.requires_grad_(bool(given[0])), weight.requires_grad_(bool(given[1]))
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden, weight, targets).backward(upstream)
+    assert counter.get_total_flops() == products * 2 * hidden.numel() * len(weight)
+    assert [hidden.grad is not None, weight.grad is not None] == [bool(x) for x in given]
 
 
 @pytest.mark.parametrize("target", [-1, 37])

@@ -370,6 +370,14 @@ def test_an_update_on_a_gpu_waits_for_nothing(monkeypatch, optimizer):
             bool(accepted)
 
 
+def test_on_a_device_without_float64_an_update_is_decided_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(optim.Fetched, "values", lambda self: dict(row=0, loss=1.0, grad_norm=1.0, usual=1.0))
+    with FakeTensorMode():
+        grad_norm = torch.empty((), device="mps")
+        accepted = optim.SpikeGuard(10, 3).accepts(torch.empty((), dtype=torch.float64), grad_norm)
+        assert accepted.device.type == "cpu"
+
+
 def test_on_a_gpu_too_many_refusals_stop_the_run_a_step_late(monkeypatch):
     import record
 

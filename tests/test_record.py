@@ -1,5 +1,8 @@
 """record.py: what a run logs is on disk in its order, and a GPU is not waited for."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +47,24 @@ def test_what_a_gpu_still_computes_is_written_with_the_next_record_in_order_and_
     size = log.saved()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4] and waited == [0, 1, 2, 4]
     assert size == (tmp_path / "log.jsonl").stat().st_size
+
+
+def test_a_rate_is_of_the_gpus_time_and_known_when_its_record_is_written(log, tmp_path):
+    begin = SimpleNamespace(elapsed_time=lambda end: 250.0 if end == "end" else 0.0)        # ms, as CUDA's events say
+    rate = record.Rate(begin, "end")
+    log.record(1, None, dict(steps_per_second=rate, tokens_per_second=rate * 64))
+    log.saved()
+    assert lines(tmp_path) == [{"step": 1, "steps_per_second": 4.0, "tokens_per_second": 256.0}]
+
+
+def test_a_record_that_waits_is_written_though_the_run_ends_in_an_error(tmp_path):
+    script = ("import sys, record, torch; log = record.Log(sys.argv[1], {}, clock=lambda: 1.0)\n"
+              "log.unwritten.append((7, None, record.Fetched(dict(loss=torch.tensor(2.0)))))\n"
+              "raise SystemExit('too many updates were skipped')")
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(record.__file__).parent,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "too many updates were skipped\n"
+    assert lines(tmp_path) == [{"step": 7, "loss": 2.0}]
 
 
 def test_a_log_that_goes_on_keeps_what_was_saved_and_drops_what_came_after(tmp_path):
