@@ -2,6 +2,7 @@
 they are imported."""
 import functools
 import os
+import random
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -23,6 +24,10 @@ CASES = [   # T, groups, documents, window, D
     (130, 1, [0, 1, 130, 200, 260], 0, 64), (130, 2, None, 129, 64), (130, 4, None, 0, 128), (130, 1, None, 2, 64),
     (257, 1, None, 0, 64), (257, 2, None, 150, 64), (257, 4, [0, 1, 3, 200, 514], 0, 64), (257, 1, None, 200, 128),
     (257, 2, [0, 256, 257, 514, 514, 514], 64, 64), (257, 4, None, 33, 64)]
+chance = random.Random(0)
+for T in (9, 70, 131, 131):
+    cuts = chance.choices(range(2 * T + 1), k=T // 8)           # twice the same: an empty document
+    CASES.append((T, chance.choice([1, 2, 4]), sorted([0, *cuts, 2 * T]), chance.choice([0, 1, 30, 100]), 64))
 
 
 def random_qkv(B, T, groups, D, dtype=torch.float32):
