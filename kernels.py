@@ -12,6 +12,7 @@ import triton_decode
 import triton_kernels
 import triton_logprob
 from plain_attention import by_hand, document_attention, masked_attention, packed_documents
+from recompute import again, instead_of
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
 
@@ -41,9 +42,9 @@ def attention(q, k, v, cu_seqlens=None, window=0, impl="auto"):
         if documents is not None:
             return document_attention(q, k, v, documents)
         cu_seqlens = None                                                       # every row is one document
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H, T, D)
     allowed = None if cu_seqlens is None and not window else visible(B, T, cu_seqlens, window, q.device)
-    return masked_attention(q, k, v, allowed, impl).transpose(1, 2)
+    with instead_of(q, k):
+        return masked_attention(*(x.transpose(1, 2) for x in (q, k, v)), allowed, impl).transpose(1, 2)
 
 
 def bidirectional_attention(q, k, v, cu_seqlens=None):
@@ -161,14 +162,14 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = inverse_rms(x, eps)
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        ctx.save_for_backward(x, scale, weight)
+        return x * scale * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        normed, scale, weight = ctx.saved_tensors
+        x, scale, weight = ctx.saved_tensors
+        normed = x * scale
         product = grad * normed
         dot = (product @ weight).div_(weight.numel()).unsqueeze(-1)
         dx = (grad * weight).addcmul_(normed, dot, value=-1).mul_(scale)
@@ -187,7 +188,7 @@ def rms_norm(x, weight, eps):
     weight = weight.to(x.dtype)
     if by_hand(x):
         if torch.is_grad_enabled():
-            return RMSNorm.apply(x, weight, eps)
+            return again(RMSNorm.apply(x, weight, eps), rms_norm, x, weight, eps)
         if x.dtype != torch.float32 or x.numel() > SMALL:
             return x * inverse_rms(x, eps) * weight     # the same numbers, to the bit, without autograd's cost
     if weight.dim() > 1:
@@ -229,7 +230,9 @@ def rotate(x, cos, sin):
     """x (B, T, H, D) with each pair (d, d + D/2) turned by its position's angle (Su et al. 2021, arXiv:2104.09864);
     cos and sin are (T, 1, D), or (B, T, 1, D) where rows stand at different positions."""
     if by_hand(x):
-        return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin, attention_layout(x), 1)
+        if torch.is_grad_enabled():
+            return again(Rotate.apply(x, cos, sin), rotate, x, cos, sin)
+        return turn(x, cos, sin, attention_layout(x), 1)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -254,7 +257,9 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
     if by_hand(gate):
-        return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+        if torch.is_grad_enabled():
+            return again(SwiGLU.apply(gate, up), swiglu, gate, up)
+        return F.silu(gate).mul_(up)
     return F.silu(gate) * up
 
 

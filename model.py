@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from kernels import attention, bidirectional_attention, linear_logprob, rms_norm, rotate, swiglu
+from recompute import Off, instead_of
 
 
 @dataclasses.dataclass
@@ -145,7 +146,8 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        with instead_of(x):
+            return F.linear(x, self.weight.to(x.dtype))
 
     def merged_weight(self):
         """The matrix that the layer multiplies by; an adapter (lora.py) adds its own to `weight`."""
@@ -234,7 +236,7 @@ class Backbone(nn.Module):
         for i, layer in enumerate(self.layers):
             inputs = x, cos, sin, cu_seqlens, attend and functools.partial(attend, i)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (Off(), Off()))
             else:
                 x = layer(*inputs)
         return self.norm(x)
