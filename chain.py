@@ -14,6 +14,7 @@ Letters: D documents of a chunk that pass 1 kept, L their lines, P permutations.
 """
 import gzip
 import json
+import math
 
 import numpy as np
 
@@ -74,7 +75,10 @@ def size_of(text):
 
 
 def json_line(document):
-    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    """The document as a line of JSON, with null for the numbers that JSON has not: NaN and infinity."""
+    columns = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in document.items()}
+    return json.dumps(columns, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def merged(document, columns):
@@ -180,10 +184,10 @@ def finish(settings, item):
             if not shorter.strip():
                 why = f"nothing left: repeated {settings['repeated_unit']}s"
             elif shorter != text:
-                passed, why = filters.apply(shorter, rules)
+                passed, why = filters.apply(shorter.strip("\r\n"), rules)
                 document["text"] = passed
         if not why and edges:
-            document["bucket"] = scorers.bucket(document, edges)
+            document = merged(document, {"bucket": scorers.bucket(document, edges)})
             why = scored.rejects(document)
         if why:
             tally.reject(document, why, text, size)

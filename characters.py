@@ -1,11 +1,14 @@
-"""Which characters a text has beside printable ASCII, and its words in lower case: faster than text methods find them,
-since most text has few such characters, and what is true of each of those few is true of the text.
+"""Which characters a text has beside printable ASCII, its composed form, and its words in lower case: faster than text
+methods find them, since most text has few such characters, and what is true of each of those few is true of the text.
 
     odd("Ça va?\\n") == "\\nÇ"
 """
 import functools
+import re
+import unicodedata
 
 PRINTABLE = bytes(range(32, 127))
+LONGEST_RUN = 30             # of combining marks, as in Unicode's stream-safe text (UAX #15): no language has more
 
 
 @functools.lru_cache(maxsize=1)
@@ -17,6 +20,14 @@ def odd(text):
 def others(text):
     """All characters of a text that are not printable ASCII, as they stand there."""
     return text.encode("utf-8", "surrogatepass").translate(None, PRINTABLE).decode("utf-8", "surrogatepass")
+
+
+def nfc(text):
+    """Unicode's composed form, NFC. U+034F, which nobody sees, cuts runs of more than LONGEST_RUN combining marks: to
+    put a run in order takes the square of its length."""
+    if marks := "".join(filter(unicodedata.combining, odd(text))):
+        text = re.sub(f"([{marks}]{{{LONGEST_RUN}}})(?=[{marks}])", "\\1\u034f", text)
+    return unicodedata.normalize("NFC", text)
 
 
 def lower(text):

@@ -22,8 +22,8 @@ Letters: N documents that pass 1 kept, P permutations.
 """
 import contextlib
 import functools
+import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -113,6 +113,7 @@ min_agreement = 0.0           # least share of annotators who agreed, where a ro
 max_length_ratio = 0.0        # of the longer answer to the shorter; 0 keeps all
 
 UNFINISHED = ".unfinished"
+MANY = 10_000                 # documents among which looking for duplicates takes so long that it is said
 OF_THE_RUN = {"out_dir", "overwrite", "show_rejected", "engine", "workers", "address"}    # they change no document
 
 
@@ -124,13 +125,19 @@ def wash_all(parts, corpus, settings, machines, progress):
     """Pass 1: a part for every chunk; returns how many there are."""
     if parts.has("read.json"):
         return parts.read_json("read.json")["parts"]
-    read = {"parts": 0, "bytes": 0}
+    read, shares, at = {"parts": 0, "bytes": 0}, {}, 0
+    files = [path for source in corpus for path in source.files]
+    ends = np.cumsum([0] + [os.path.getsize(path) if os.path.isfile(path) else 0 for path in files])
 
     def unwashed():
+        nonlocal at
         for number, documents in raw.chunks(corpus, settings["chunk_bytes"]):
             read["parts"], size = number + 1, sum(chain.size_of(document["text"]) for document in documents)
             read["bytes"] += size
+            while at < len(files) - 1 and not documents[-1]["id"].startswith((f"{files[at]}:", f"{files[at]}/")):
+                at += 1
             if not parts.has(f"part-{number:05d}.npz"):
+                shares[number] = max(ends[at] / max(1, ends[-1]), read["bytes"] / (settings["max_bytes"] or math.inf))
                 yield number, documents
             if settings["max_bytes"] and read["bytes"] >= settings["max_bytes"]:
                 return
@@ -139,7 +146,7 @@ def wash_all(parts, corpus, settings, machines, progress):
     for washed in run(function, unwashed(), *machines):
         parts.write(f"part-{washed['number']:05d}.jsonl", washed["lines"])
         parts.save(f"part-{washed['number']:05d}.npz", washed["arrays"], [washed["facts"], washed["examples"]])
-        progress(washed["facts"], "in")
+        progress(washed["facts"], "in", shares.pop(washed["number"]))
     read["sources"] = {source.name: {"unreadable": source.dropped, "mended": source.mended, "places": source.places}
                        for source in corpus}
     parts.write("read.json", read)
@@ -166,7 +173,7 @@ def finish_all(parts, n_parts, settings, decided, machines, progress):
         if finished["documents"]:
             parts.write(f"documents/documents-{finished['number']:05d}.jsonl.gz", finished["documents"])
         parts.write(f"done-{finished['number']:05d}.json", [finished["facts"], finished["examples"]])
-        progress(finished["facts"], "out")
+        progress(finished["facts"], "out", (finished["number"] + 1) / n_parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,7 +220,9 @@ def clean_text(config):
     """Cleans text into out_dir; prints what came of it."""
     started, out_dir = time.perf_counter(), config["out_dir"]
     done = os.path.join(out_dir, "report.json")
-    if os.path.exists(done) and not config["overwrite"]:
+    begun = all(os.path.exists(os.path.join(out_dir, UNFINISHED, name))     # to replace what is done
+                for name in ("options.json", "part-00000.npz"))
+    if os.path.exists(done) and not begun and not config["overwrite"]:
         raise ValueError(f"{out_dir} already holds cleaned data; pass --overwrite=true to replace it, or another "
                          "--out_dir")
     settings, columns = checked(config)
@@ -231,7 +240,10 @@ def clean_text(config):
     # pass 1, what is between, pass 2
     n_parts = wash_all(parts, corpus, settings, machines, progress)
     facts, examples = gathered(parts, n_parts, settings, corpus, ["part"])
-    if n_parts and any(len(parts.load(f"part-{number:05d}.npz", "sizes")[0]) for number in range(n_parts)):
+    documents = sum(len(parts.load(f"part-{number:05d}.npz", "sizes")[0]) for number in range(n_parts))
+    if documents > MANY:
+        print(f"between the passes: looking for duplicates among {documents:,} documents", file=sys.stderr, flush=True)
+    if documents:
         decided = decide(parts, n_parts, settings, columns + ["language"] * ("language_score" in columns))
         finish_all(parts, n_parts, settings, decided, machines, progress)
         facts, examples = gathered(parts, n_parts, settings, corpus, ["part", "done"])
@@ -240,23 +252,20 @@ def clean_text(config):
               "options": {name: value for name, value in config.items() if name not in OF_THE_RUN}}
 
     # what came of it
-    shown = min(config["show_rejected"], chain.EXAMPLES)
-    for rule in sorted(examples) if shown else ():
-        for example in examples[rule][:shown]:
-            print(f"--- {rule}: {example['id']}\n{printable(example['text'][:400])}\n")
-    total = report.totals(facts)
+    total, shown = report.totals(facts), report.rejected(facts, config["show_rejected"])
     if not total["documents_out"]:
+        print(report.printable(shown), end="")
         parts.remove()
         with contextlib.suppress(OSError):
             os.rmdir(out_dir)                                   # only if it is empty
         raise ValueError(nothing_left(total, config))
     assert not report.missing(facts), f"documents are unaccounted for: {report.missing(facts)}"
     publish(parts, out_dir, facts | {"seconds": round(time.perf_counter() - started, 1)})
-    print(report.summary(facts))
     seconds = time.perf_counter() - started
-    print(f"{total['bytes_in'] / 1e6:,.1f} MB in {seconds:.1f} s, {total['bytes_in'] / 1e6 / seconds:.1f} MB/s; "
-          f"report: {out_dir}/report.html; next: python data.py --sources={out_dir}/documents "
-          f"--out_dir={out_dir}/text")
+    print(report.printable(
+        f"{shown}{report.summary(facts)}\n"
+        f"{total['bytes_in'] / 1e6:,.1f} MB in {seconds:.1f} s, {total['bytes_in'] / 1e6 / seconds:.1f} MB/s; "
+        f"report: {out_dir}/report.html; next: python data.py --sources={out_dir}/documents --out_dir={out_dir}/text"))
 
 
 def gathered(parts, n_parts, settings, corpus, passes):
@@ -308,19 +317,14 @@ def publish(parts, out_dir, facts):
     parts.remove()
 
 
-def printable(text):
-    """Control characters of a rejected document are no business of the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
 class Progress:
     """A line every 30 s; and one, once, when a thousand documents were rejected and none was kept."""
 
     def __init__(self):
-        self.started = self.last_line = time.perf_counter()
+        self.pace = {"in": report.Pace(), "out": report.Pace()}
         self.bytes, self.documents, self.rejected, self.warned = {"in": 0, "out": 0}, 0, Counter(), False
 
-    def __call__(self, facts, moment):
+    def __call__(self, facts, moment, share):
         for source in facts["sources"].values():
             self.bytes[moment] += source[f"bytes_{moment}"]
             self.documents += source["documents_in"]
@@ -329,10 +333,7 @@ class Progress:
             self.warned = True
             print(f"all of the first {self.documents:,} documents were rejected, most by the rule "
                   f"{self.rejected.most_common(1)[0][0]!r}", file=sys.stderr, flush=True)
-        if (now := time.perf_counter()) - self.last_line > 30:
-            self.last_line = now
-            print(f"pass {1 if moment == 'in' else 2}: {self.bytes[moment] / 1e6:,.0f} MB {moment}, "
-                  f"{now - self.started:,.0f} s", file=sys.stderr, flush=True)
+        self.pace[moment](f"pass {1 if moment == 'in' else 2}: {self.bytes[moment] / 1e6:,.0f} MB {moment}", share)
 
 
 def main(config):
@@ -343,7 +344,8 @@ def main(config):
             raise ValueError(f"{name} is an option of {section}, and kind is {config['kind']}")
     if config["train_quality"]:
         facts = scorers.train_quality(config["good"], config["bad"], config["out_dir"], config["text_column"],
-                                      config["quality_documents"], config["score_characters"], config["overwrite"])
+                                      config["steps"], config["quality_documents"], config["score_characters"],
+                                      config["overwrite"])
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     elif config["kind"] == "text":
         clean_text(config)

@@ -17,7 +17,7 @@ import isolated
 
 DEFAULT_STEPS = "mojibake,html,unicode,whitespace"
 NEEDS = {"mojibake": ("ftfy",), "html": ("trafilatura", "selectolax.lexbor"), "wiki": ("mwparserfromhell",)}
-LONGEST = 60                  # seconds that a library of C code may spend on one document
+LONGEST = 60                  # seconds of computing that a step may spend on one document with markup
 SURROGATES = re.compile("[\ud800-\udfff]+")
 LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
@@ -40,14 +40,13 @@ def parse_steps(names):
 
 
 def clean(text, names):
-    """(text, "") after the named steps, without white space around it, or (None, the step that left nothing).
+    """(text, "") after the named steps, or (None, the step that left nothing).
 
-    Half a surrogate pair, which no file can hold, is always repaired, even where no step is named. Where a step hands
-    the text to a library of C code, that is done in a process of its own: "html crashed" or "html took more than 60 s"
-    is then the step that left nothing.
+    Half a surrogate pair, which no file can hold, is always repaired, even where no step is named. Markup is parsed in
+    a process of its own: "html crashed", "html took more than 60 s" or "html raised ValueError" is then the step that
+    left nothing.
     """
-    if SURROGATES.search(characters.odd(text)):
-        text = surrogates(text)
+    text = surrogates(text)
     if not text.strip():
         return None, "empty"
     for name in names:
@@ -60,7 +59,7 @@ def clean(text, names):
             text = STEPS[name](text)
         if not text or text.isspace():
             return None, name
-    return text, ""
+    return surrogates(text), ""         # wiki makes some, of &#xD800;
 
 
 @functools.cache
@@ -75,6 +74,8 @@ def library(name):
 
 def surrogates(text):
     """Pairs become the character they encode, and single ones U+FFFD."""
+    if not SURROGATES.search(characters.odd(text)):
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -105,7 +106,7 @@ def suspicious(line, is_bad):
 
 def unicode(text):
     """Unicode's composed form, NFC: a letter and its accents are one character wherever there is one."""
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return characters.nfc(text)
 
 
 def whitespace(text):
@@ -225,8 +226,8 @@ LATEX_DROPPED = re.compile(
     r"usepackage|documentclass|(?:re)?newcommand|def|vspace|hspace|setlength|setcounter|addtocounter|pagestyle|"
     r"thispagestyle|footnote|thanks|date|author|affiliation|email|index|hypersetup)\*?(?:\s*\[[^\[\]]*\])*"
     r"(?:\\?\w*)(?:\{(?:[^{}]|\{[^{}]*\})*\})+")
-LATEX_HEADING = re.compile(r"\s*\\(?:title|part|chapter|(?:sub)*section|(?:sub)?paragraph)\*?(?:\[[^\[\]]*\])?"
-                           r"\{((?:[^{}]|\{[^{}]*\})*)\}\s*")
+LATEX_HEADING = re.compile(r"(?:(?<!\s)\s+)?\\(?:title|part|chapter|(?:sub)*section|(?:sub)?paragraph)\*?"
+                           r"(?:\[[^\[\]]*\])?\{((?:[^{}]|\{[^{}]*\})*)\}\s*")
 LATEX_ACCENT = re.compile(r"\\(?:([\'`^\"~=.])\s*|([cvuHrkb])(?:\s+|(?=\{)))\{?\\?([A-Za-z])\}?")
 ACCENTS = dict(zip("'`^\"~=.cvuHrkb", "\u0301\u0300\u0302\u0308\u0303\u0304\u0307\u0327\u030c\u0306\u030b\u030a"
                                      "\u0328\u0331"))
@@ -239,7 +240,7 @@ def latex(text):
     """LaTeX stripped to its text: title, headings and formulas stay (formulas as they are written); preamble, comments,
     floats, bibliography, citations and footnotes go; other commands leave their last argument. Text with fewer than two
     of the usual commands is left alone."""
-    if len(LATEX.findall(text)) < 2:
+    if not has_latex_marks(text):
         return text
     formulas = []
 
@@ -257,7 +258,7 @@ def latex(text):
     text = LATEX_ACCENT.sub(lambda m: unicodedata.normalize("NFC", m[3] + ACCENTS[m[1] or m[2]]), text)
     text = re.sub(r"\\href\{[^{}]*\}", "", text)
     text = re.sub(r"\\(?:begin|end)\{[^{}]*\}(?:\[[^\[\]]*\]|\{[^{}]*\})*|\\bibitem", "", text)
-    text = re.sub(r"[ \t]*\\item\b[ \t]*", "- ", text)
+    text = re.sub(r"(?:(?<![ \t])[ \t]+)?\\item\b[ \t]*", "- ", text)
     for _ in range(20):                 # from the inside out, as deep as anyone writes
         text, changed = re.subn(r"\\[A-Za-z]+\*?(?:\[[^\[\]]*\])*\{([^{}]*)\}", r"\1", text)
         if not changed:
@@ -270,9 +271,14 @@ def latex(text):
     return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], text) or None
 
 
+def has_latex_marks(text):
+    return len(LATEX.findall(text)) >= 2
+
+
 # --- what is not for a model to learn ---
 
-EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:(?:[^\W_]|-){1,63}\.){1,8}"
+                   r"(?:[A-Za-z]{2,24}(?![A-Za-z0-9_])|[^\W\d_]{2,24}\b)")      # no space need stand after .com
 IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)")
 CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
@@ -329,7 +335,7 @@ NOTICE = re.compile(
     r"^(?:back to top|leave a (?:reply|comment)|"
     r"advertisement|sponsored(?: content)?|related (?:posts|articles|stories)|previous(?: post)?|next(?: post)?|"
     r"(?:no|\d+) comments?|home|menu|search|close|toggle navigation|loading\W*|about us|contact us|sitemap)\W*$", re.I)
-MENU = re.compile(r"[^|»›·•]{1,30}(?:\s*[|»›·•]\s*[^|»›·•]{1,30}){2,}\s*$")
+BETWEEN_ITEMS = re.compile("[|»›·•]")
 
 
 def boilerplate(text):
@@ -342,9 +348,14 @@ def boilerplate(text):
 
 
 def is_boilerplate(line):
-    return bool(line) and not line.startswith("|") and bool(NOTICE.search(line) or MENU.match(line))
+    return bool(line) and not line.startswith("|") and (bool(NOTICE.search(line)) or is_menu(line))
+
+
+def is_menu(line):
+    items = BETWEEN_ITEMS.split(line)
+    return len(items) > 2 and all(item and len(item.strip()) <= 30 for item in items)
 
 
 STEPS = {"mojibake": mojibake, "html": html, "latex": latex, "wiki": wiki, "unicode": unicode, "whitespace": whitespace,
          "boilerplate": boilerplate, "pii": pii}
-NEEDS_CARE = {"html": begins_with_tag, "wiki": has_wiki_marks}     # step: whether it hands a text to C code
+NEEDS_CARE = {"html": begins_with_tag, "latex": has_latex_marks, "wiki": has_wiki_marks}      # step: for which texts

@@ -14,7 +14,6 @@ Letters: N documents, P permutations (values of a signature), S n-grams of all d
 """
 import functools
 import re
-import unicodedata
 
 import numpy as np
 
@@ -40,7 +39,7 @@ BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
 def content_hash(text):
     """64-bit hash, the same on every machine, of what is left without what no reader would call a difference: NFC,
     lower case, every run of white space one space. A Python int."""
-    return content_key(characters.lower_line(unicodedata.normalize("NFC", text)))
+    return content_key(characters.lower_line(characters.nfc(text)))
 
 
 # --- words and n-grams as numbers ---
@@ -61,7 +60,7 @@ def random_numbers(count, stream):
 
 def only_words(text):
     """The text's letters and digits, lower-case, as UTF-8; every other sign is a space."""
-    text = unicodedata.normalize("NFC", text)
+    text = characters.nfc(text)
     letters, signs = characters.lower(text), {sign for sign in characters.odd(text).lower() if not sign.isalnum()}
     if len(signs) > MANY:
         letters, signs = OTHER_SIGNS.sub(" ", text.lower()).encode("utf-8", "surrogatepass"), ()

@@ -14,11 +14,13 @@ Judges of what the filters leave; those with the highest score stay, a share of 
     endpoint  a rating from 1 to 10 by a model behind an OpenAI-compatible endpoint; of pairs, asked in both orders,
               that it prefers the chosen answer
 """
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ import report
 from formats import parse_chats
 from pairs import filtered
 from preferences import PairSource
+from sources import content_key
 
 DEFAULTS = dict(min_answer=1, max_answer=20_000, max_repetition=0.4, refusals="drop", similar_by="conversation",
                 similar_threshold=0.8, min_margin=0.0, min_agreement=0.0, max_length_ratio=0.0, judge="none",
@@ -42,6 +45,8 @@ REPEATED_NGRAM = 4              # words
 SIMILAR_NGRAM = 3               # words: questions are short
 PERMUTATIONS = 128              # of a MinHash signature
 FIRST_ASKED = 4                 # requests to an endpoint of which one must be answered before the others are sent
+REFUSED_ROWS = 20               # in a row that an endpoint which has answered may refuse; more is a key that ran out
+VERDICTS = ".unfinished/verdicts.jsonl"     # of an endpoint, in out_dir until the run is done
 REFUSED_WITHIN = 250            # characters at the beginning of an answer
 
 A_MACHINE = r"an?\ (?:[\w-]+\ ){0,3}?(?:ai|artificial\ intelligence|language\ model|llm|chatbot)\b"
@@ -152,13 +157,65 @@ def difficulty(model, tokenizer, chats):
         room = model.config.context + 1 - len(answer)
         trees += [(ids[max(0, begin - room):begin], [answer]), (ids[begin - opening:begin][-room:], [answer])]
         sizes.append(len(answer))
-    nats = -np.array([branches[0][0] for branches in likelihood.score(model, trees)]).reshape(-1, 2)
+    pace, done = report.Pace(), [0]
+
+    def progress(finished):
+        done[0] += finished
+        pace(f"judge: {done[0]:,} of {len(trees):,} losses", done[0] / len(trees))
+
+    nats = likelihood.score(model, trees, progress=progress)
+    nats = -np.array([branches[0][0] for branches in nats]).reshape(-1, 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         return nats[:, 0] / nats[:, 1]
 
 
-def judged(rows, o):
-    """(name of the score, (N,) scores, nan where the judge gave none) of rows."""
+class Remembered:
+    """An endpoint's `ask` whose verdicts are written into the file `path` as they come, so that the next start asks for
+    the others alone. who: what the judge is called; with what it is asked, this is a verdict's key. before: {key:
+    verdict or None} of earlier starts, verdicts: of all that is not to be asked again.
+
+    None for a row that is refused after others were answered; judge.Refused before that, and after REFUSED_ROWS.
+    """
+
+    def __init__(self, ask, path, *who):
+        self.ask, self.path, self.who, self.failures, self.lock = ask, path, who, ask.failures, threading.Lock()
+        self.before, self.asked = {}, 0
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self.before = dict(json.loads(line) for line in file.read().split("\n") if line.endswith("]"))
+        self.verdicts = {key: verdict for key, verdict in self.before.items() if verdict is not None}
+        self.patience = REFUSED_ROWS if self.verdicts else 0
+
+    def key(self, job):
+        return f"{content_key(json.dumps([*self.who, *job]).encode()):016x}"
+
+    def __call__(self, *job):
+        from judge import Refused
+        key = self.key(job)
+        if key in self.verdicts:
+            return self.verdicts[key]
+        verdict = None
+        try:
+            verdict = self.ask(*job)
+        except Refused as error:
+            self.failures.append(str(error))
+            self.patience -= key not in self.before
+            if self.patience < 0:
+                raise
+        with self.lock:
+            self.verdicts[key], self.asked = verdict, self.asked + 1
+            if verdict is not None:
+                self.patience = REFUSED_ROWS
+            if self.patience:                                       # before any answer nothing is worth keeping
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("\n" + json.dumps([key, verdict]))  # the line before may be cut off by a kill
+        return verdict
+
+
+def judged(rows, o, verdicts=os.devnull):
+    """(name of the score, (N,) scores, nan where the judge gave none) of rows. verdicts: file that an endpoint's are
+    kept in."""
     from judge import endpoint, load_reward, rater
     name, are_pairs = o["judge"], "chosen" in rows[0]
     if not are_pairs and "messages" not in rows[0]:
@@ -187,13 +244,16 @@ def judged(rows, o):
         ask = endpoint(o["judge_url"], o["judge_model"], **how)
         jobs = [job for row in rows for answers in [[row[name][0]["content"] for name in ("chosen", "rejected")]]
                 for job in ((row["prompt"], *answers), (row["prompt"], *answers[::-1]))]
-    few = max(FIRST_ASKED, o["judge_parallel"])
+    ask = Remembered(ask, verdicts, o["judge_url"], o["judge_model"])
+    new = [job for job in jobs if ask.key(job) not in ask.before][:max(FIRST_ASKED, o["judge_parallel"])]
+    missing, verdicts, pace = sum(ask.key(job) not in ask.verdicts for job in jobs), [], report.Pace()
     with ThreadPoolExecutor(o["judge_parallel"]) as pool:
         try:
-            verdicts = list(pool.map(lambda job: ask(*job), jobs[:few]))
-            if not any(verdicts):                               # of an endpoint that is down, not after hours
-                told(ask, np.full(-(-len(verdicts) // (1 + are_pairs)), math.nan))
-            verdicts += pool.map(lambda job: ask(*job), jobs[few:])
+            if new and not any(list(pool.map(lambda job: ask(*job), new))):     # one that is down, not after hours
+                told(ask, np.full(-(-len(new) // (1 + are_pairs)), math.nan))
+            for verdict in pool.map(lambda job: ask(*job), jobs):
+                verdicts.append(verdict)
+                pace(f"judge: {ask.asked:,} of {missing:,} requests", ask.asked / max(1, missing))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -239,8 +299,9 @@ def checked(options):
     return o
 
 
-def reasons_of(rows, options):
-    """([reason or None] of each row, name of the judge's score or None, its (N,) values, nan where there is none)."""
+def reasons_of(rows, options, verdicts=os.devnull):
+    """([reason or None] of each row, name of the judge's score or None, its (N,) values, nan where there is none).
+    verdicts as of judged."""
     o = checked(options)
     are_chats = "messages" in rows[0] if rows else True
     reasons = answer_reasons(rows, o)
@@ -257,7 +318,7 @@ def reasons_of(rows, options):
         left = list(itertools.compress(left, kept))
     if o["judge"] == "none" or not left:
         return reasons, None, None
-    name, found = judged([rows[i] for i in left], o)
+    name, found = judged([rows[i] for i in left], o, verdicts)
     scores = np.full(len(rows), math.nan)
     scores[left] = found
     for i in left:
@@ -308,7 +369,8 @@ def read_rows(kind, sources):
 def run(config):
     """Cleans the rows of config["sources"] into out_dir: rows.jsonl, report.json, report.html; prints what came of it.
 
-    ValueError of one sentence on bad input and where nothing is left; out_dir is then as it was.
+    ValueError of one sentence on bad input and where nothing is left; out_dir is then as it was, but for an endpoint's
+    verdicts, which the next run uses.
     """
     from common import write_atomic
     started, out_dir, kind = time.perf_counter(), config["out_dir"], config["kind"]
@@ -322,7 +384,8 @@ def run(config):
         notes = sum((notes for _, _, notes in found), Counter())
         raise ValueError(f"no {kind} could be read from {config['sources']}: " + (", ".join(
             f"{reason} {n:,} times" for reason, n in notes.most_common(3)) or "it holds no row"))
-    reasons, name, scores = reasons_of(rows, o)
+    verdicts = os.path.join(out_dir, VERDICTS)
+    reasons, name, scores = reasons_of(rows, o, verdicts)
     if all(reasons):
         reason, n = Counter(reasons).most_common(1)[0]
         raise ValueError(f"every one of {len(rows):,} {kind} was rejected, {n:,} by the rule {reason!r}; loosen it or "
@@ -351,17 +414,15 @@ def run(config):
             at += 1
     facts |= {"histograms": histograms(rows, reasons, name, scores), "seconds": round(time.perf_counter() - started, 1),
               "options": {key: config[key] for key in ("kind", "sources")} | o}
-    shown = Counter()
-    for example in facts["examples"]:
-        shown[example["rule"]] += 1
-        if shown[example["rule"]] <= config.get("show_rejected", 0):
-            text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", example["text"][:400])
-            print(f"--- {example['rule']}: {example['id']}\n{text}\n")
     path = os.path.join(out_dir, "rows.jsonl")
     write_atomic(path, "".join(lines).encode())
     report.write(out_dir, facts)
-    print(report.summary(facts))
-    print(f"next: python data.py --kind={kind} --sources={path} --out_dir={out_dir}/{kind}")
+    if os.path.exists(verdicts):
+        os.remove(verdicts)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(verdicts))                 # only if it is empty
+    print(report.printable(f"{report.rejected(facts, config['show_rejected'])}{report.summary(facts)}\n"
+                           f"next: python data.py --kind={kind} --sources={path} --out_dir={out_dir}/{kind}"))
 
 
 def histograms(rows, reasons, name, scores):

@@ -16,6 +16,7 @@ the reason that is counted, for a row that is in order but teaches nothing, and 
 """
 import gzip
 import itertools
+import math
 import os
 import re
 import zlib
@@ -201,8 +202,8 @@ def parse_chats(text, kind=None, **how):
     if len({weight is None for _, weight in parsed}) > 1:
         raise ValueError(f"some sources have a weight and some have none: {text!r}; give one to all or to none")
     for name, weight in parsed:
-        if weight is not None and weight <= 0:
-            raise ValueError(f"the weight of source {name} is {weight:g}; it must be above 0")
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(f"the weight of source {name} is {weight:g}; it must be above 0 and finite")
     if len(parsed) > 256 or len({name for name, _ in parsed}) < len(parsed):
         raise ValueError(f"sources names {len(parsed)}, which must be at most 256 and different ones: {text!r:.80}")
     return [(kind or ChatSource)(name, weight, **how) for name, weight in parsed]
@@ -222,7 +223,7 @@ def all_rows(source, notes, damaged="error"):
     """Yields (row, path, row number) of all files of a Source. damaged: "error", or "drop", which counts in `notes` by
     reason what cannot be read, and goes on with the next row or the next file."""
     for path in source.files:
-        suffix = extension(path)
+        suffix, number, noted = extension(path), 0, notes.total()
         try:
             if path.startswith("hub:"):
                 rows = source.hub_rows()
@@ -243,6 +244,8 @@ def all_rows(source, notes, damaged="error"):
                 raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
             else:
                 raise
+        if damaged == "drop" and not number and notes.total() == noted:
+            notes["empty"] += 1
 
 
 def readable_rows(path, notes):

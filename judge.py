@@ -61,6 +61,10 @@ TOKENS_PER_PASS = 8192              # of a reward model: as many as fill a machi
 REFUSED = (401, 403, 404, 405)      # HTTP: a wrong key or address, which no retry mends
 
 
+class Refused(ValueError):
+    """What an endpoint says to a wrong key or address, or to a row that it will not judge."""
+
+
 def read_prompts(path):
     """[conversation], lists of messages that end with the user's turn, from a .jsonl or .json file, plain or .gz, with
     prompt (a text or messages), messages (up to the last user turn) or, as in MT-bench, turns (the first one)."""
@@ -133,7 +137,7 @@ def completions(url, model, key_env="", timeout=120.0, retries=4, backoff=1.0, m
     key_env: the environment variable that holds the key; empty: none is sent. timeout: seconds. An error, a silence or
     a reply of which read makes None, counted as `missing`, is retried after backoff * 1, 2, 4... seconds, `retries`
     times; then the result is None. complete.failures lists the reasons. max_tokens: of the reply; 0 leaves it to the
-    server. ValueError on a wrong address or key, at once.
+    server. Refused, a ValueError, on a wrong address or key, at once.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"the judge's url must begin with http:// or https://, got {url!r}")
@@ -161,8 +165,8 @@ def completions(url, model, key_env="", timeout=120.0, retries=4, backoff=1.0, m
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}"
                 if error.code in REFUSED:
-                    raise ValueError(f"the judge at {address} refuses: {reason}; check the url, the model's name and "
-                                     f"the key ({key_env or 'none is sent; name its variable with key_env'})") from None
+                    raise Refused(f"the judge at {address} refuses: {reason}; check the url, the model's name and the "
+                                  f"key ({key_env or 'none is sent; name its variable with key_env'})") from None
             except (OSError, http.client.HTTPException) as error:       # URLError and timeouts are OSErrors
                 reason = f"no answer ({getattr(error, 'reason', None) or error or type(error).__name__})"
             except (ValueError, KeyError, IndexError, TypeError):

@@ -10,6 +10,8 @@ import zlib
 import numpy as np
 import torch
 
+from common import exact
+
 KEPT, RANDOM = 0.1, 0.1     # shares of the chosen tokens that stay, and that become another; the others are <|mask|>
 
 
@@ -77,7 +79,8 @@ def evaluate(model, rows, run):
     """(nats per hidden token, share of them that are guessed right) over rows, summed over ranks."""
     total = torch.zeros(3, dtype=torch.float64)
     for ids_BT, targets_BT, cu_seqlens in rows:
-        nll_BT, hits_BT = model(*run.move(ids_BT, targets_BT, cu_seqlens), want_hits=True)
-        total += torch.stack([nll_BT.sum().double(), hits_BT.sum(), (targets_BT != -100).sum()]).cpu()
+        columns = model.forward(*run.move(ids_BT, targets_BT, cu_seqlens), want_hits=True)     # compiled or not
+        nll_BT, hits_BT = map(exact, columns)
+        total += torch.stack([nll_BT.sum().cpu(), hits_BT.sum().cpu(), (targets_BT != -100).sum()])
     nats, hits, tokens = run.total(total).tolist()
     return nats / max(1, tokens), hits / max(1, tokens)

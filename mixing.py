@@ -108,11 +108,12 @@ def cap(shares_SN, rows_S, limit_N):
         free_N &= ~over_N
         shares_SN[:, over_N] *= limit_N[over_N] / read_N[over_N]
         left_S, others_S = 1 - shares_SN.sum(1), shares_SN @ free_N
-        for stage in np.flatnonzero((left_S > 1e-9) & (others_S == 0)):
+        for stage in np.flatnonzero((left_S > 1e-9) & (others_S <= 0)):
             raise ValueError(f"stage {stage + 1} of {len(rows_S)} trains on {rows_S[stage]:,} rows, and of its sources "
                              f"--max_source_epochs allows {int(limit_N[shares_SN[stage] > 0].sum()):,} in the whole "
                              "run; add data, raise --max_source_epochs, or lower --max_steps")
-        shares_SN += np.outer(left_S / np.maximum(others_S, 1e-12), free_N) * shares_SN
+        factor_S = np.divide(left_S, others_S, out=np.zeros_like(left_S), where=others_S > 0)
+        shares_SN += np.outer(factor_S, free_N) * shares_SN
 
 
 def whole_parts(shares_N, keep_N):

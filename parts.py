@@ -35,7 +35,7 @@ class Parts:
                 said = ", ".join("files" if name == "files" else f"{name}={before.get(name)!r}" for name in differ)
                 raise ValueError(f"{folder} holds an unfinished run with other {said}; repeat it as it was to go on, "
                                  "or pass --overwrite=true to start anew")
-            if differ:
+            if differ or overwrite:
                 self.remove()
         self.write("options.json", identity)
 
@@ -52,8 +52,9 @@ class Parts:
         return os.path.exists(self.path(name))
 
     def write(self, name, content):
+        """Bytes, what a function content(file) writes, or facts as JSON."""
         from common import write_atomic
-        write_atomic(self.path(name), content if isinstance(content, bytes) else json.dumps(content).encode())
+        write_atomic(self.path(name), json.dumps(content).encode() if isinstance(content, (dict, list)) else content)
 
     def read_json(self, name):
         with open(self.path(name), encoding="utf-8") as file:
@@ -127,16 +128,15 @@ def decide(parts, n_parts, settings, score_columns):
     begins = np.cumsum(counts) - counts                         # of each part's documents among all
 
     def signatures(indices):
-        """A memory map of the rows of these documents, part after part, so that none but one is in memory."""
-        found, at = None, 0
-        for name, begin, count in zip(names, begins, counts):
-            rows = parts.load(name, "signatures")[0][indices[(indices >= begin) & (indices < begin + count)] - begin]
-            if found is None:
-                found = np.lib.format.open_memmap(parts.path("signatures.npy"), "w+", rows.dtype,
-                                                  (len(indices), *rows.shape[1:]))
-            found[at:at + len(rows)] = rows
-            at += len(rows)
-        return found
+        """A memory map of the rows of these documents, written part after part, so that none but one is in memory:
+        into a file and not into the map, where a full disk kills the process."""
+        def write(file):
+            for name, begin, count in zip(names, begins, counts):
+                rows, = parts.load(name, "signatures")
+                file.write(rows[indices[(indices >= begin) & (indices < begin + count)] - begin].tobytes())
+        parts.write("signatures", write)
+        rows, = parts.load(names[0], "signatures")
+        return np.memmap(parts.path("signatures"), rows.dtype, "r", shape=(len(indices), *rows.shape[1:]))
 
     def text_of(index):
         part = int(np.searchsorted(begins, index, "right")) - 1

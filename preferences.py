@@ -14,8 +14,8 @@ has them. A converter raises formats.Unusable, with the reason that is counted, 
 nothing, and ValueError for one that is malformed.
 """
 import itertools
-import math
 import re
+import sys
 
 from formats import Unusable, all_rows, prompt_key, rows_source, text_of, turns
 
@@ -95,7 +95,7 @@ def number(row, *names):
     for place in (row, metadata if isinstance(metadata, dict) else {}):
         for name in names:
             if (value := place.get(name)) is not None:
-                if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:      # nan, too
                     raise ValueError(f"its {name} is {value!r:.40}, not a number")
                 return float(value)
 

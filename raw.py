@@ -9,7 +9,8 @@ and the other scalar columns of its row; those called text, source or id become 
 hold several documents between lines <|endoftext|>; .md .py .html .htm hold one; .json(l) and .parquet one a row. .gz
 .bz2 .xz .zst are unpacked, .zip is looked into. Files come in the order of hashes of their names, everywhere the same.
 
-No more than a block and max_document_bytes of any file is ever in memory (of .parquet: a row group).
+No more than a block and max_document_bytes of any file is ever in memory (of .parquet: a page of each column, as large
+as its writer made it, and BOMB_BYTES of rows, or one).
 """
 import bz2
 import codecs
@@ -19,6 +20,7 @@ import json
 import lzma
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -37,7 +39,8 @@ WESTERN = 0.05                      # share of bytes above 127 up to which they 
 WESTERN_SHORT, SHORT = 0.2, 500     # and in so few bytes, of which no statistics tell more
 BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"))
-DECLARED = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?([\w-]+)", re.I)
+DECLARED = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?(?!utf-?(?:16|32))([\w-]+)", re.I)
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 RESERVED = ("text", "source", "id")
 PLACES = 5                          # of each reason, so many places are remembered
 CHECKED = 10                        # rows of a source of which one must have a text before anything begins
@@ -59,6 +62,15 @@ def packing(path):
 def kind(path):
     """'pages.HTML.bz2' -> '.html'"""
     return os.path.splitext(path.lower().removesuffix(packing(path)))[1]
+
+
+def is_bomb(size, packed):
+    return size > BOMB_BYTES and size > BOMB * packed
+
+
+def string_bytes(scalar):
+    """Bytes of a string of Arrow, also of one in a dictionary; 0 of any other value."""
+    return len(getattr(getattr(scalar, "value", scalar), "as_buffer", bytes)() or b"")
 
 
 def records(blocks, separator, limit):
@@ -105,7 +117,8 @@ def decode(data):
     """(text, encoding) of one document's bytes; (None, "") if they are binary.
 
     UTF-8 wherever it holds. Bytes in between that are not are taken as cp1252 ("mixed encodings"). Without any sequence
-    of UTF-8: what a page declares, cp1252 if few bytes are above 127, else what charset-normalizer says.
+    of UTF-8: what a page declares (but for UTF-16, in which the declaration itself could not be read), cp1252 if few
+    bytes are above 127, else what charset-normalizer says.
     """
     if len(data) - len(data.translate(None, CONTROL)) > BINARY * len(data):
         return None, ""
@@ -174,7 +187,7 @@ class RawSource:
 
     def documents(self):
         for path in self.files:
-            found = False
+            found, dropped = False, self.dropped.total()
             for place, row in self.rows(path):
                 found = True
                 if isinstance(row, str):
@@ -193,7 +206,7 @@ class RawSource:
                     others = {f"row_{key}" if key in RESERVED else key: value for key, value in row.items()
                               if isinstance(value, (str, int, float, bool, type(None)))}
                     yield {"text": text, "source": self.name, "id": place, **others}
-            if not found and not any(path in place for place in itertools.chain(*self.places.values())):
+            if not found and self.dropped.total() == dropped:
                 self.drop("empty", path)
 
     def checked(self, text, place):
@@ -221,6 +234,8 @@ class RawSource:
     def rows(self, path):
         if path.startswith("hub:"):
             yield from self.hub_rows(path)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            self.drop("no regular file", path)                      # a named pipe would be waited for without end
         elif kind(path) == ".parquet" and not packing(path):
             yield from self.parquet_rows(path)
         elif kind(path) == ".zip" and not packing(path):
@@ -274,12 +289,12 @@ class RawSource:
             read = getattr(file, "read1", file.read)            # read() would lose what came before an error
             while block := read(BLOCK):
                 size += len(block)
-                if size > BOMB_BYTES and size > BOMB * position():
+                if is_bomb(size, position()):
                     return self.drop("zip bomb", path)
                 yield block
         except EOFError:
             self.drop("cut off", path)
-        except (OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except DAMAGED as error:
             cut = "unexpected end" in str(error).lower() or "truncated" in str(error).lower()
             self.drop("cut off" if cut else "damaged", path)
 
@@ -327,18 +342,41 @@ class RawSource:
         import pyarrow
         import pyarrow.parquet
         from pyarrow import types
-        number = 0
+        number = size = 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            packed = os.path.getsize(path)
+            with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK) as file:
+                groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+                if is_bomb(sum(groups), packed):
+                    return self.drop("zip bomb", path)
                 flat = [field.name for field in file.schema_arrow if field.name in self.columns
                         or not types.is_nested(field.type) and "binary" not in str(field.type)]
-                for batch in file.iter_batches(batch_size=100, columns=flat):
-                    for row in batch.to_pylist():
+                at_once = min(100, BOMB_BYTES // max([1, *groups])) or 1       # a value may be as long as its group
+                for batch in file.iter_batches(batch_size=at_once, columns=flat, use_threads=False):
+                    names, columns = batch.schema.names, batch.columns
+                    for i in range(len(batch)):
                         number += 1
-                        yield f"{path}:{number}", {key: value.isoformat() if hasattr(value, "isoformat") else value
-                                                   for key, value in row.items()}
+                        place, row = f"{path}:{number}", {name: column[i] for name, column in zip(names, columns)}
+                        lengths = list(map(string_bytes, row.values()))
+                        size += sum(lengths)
+                        if is_bomb(size, packed):
+                            return self.drop("zip bomb", path)
+                        if max(lengths, default=0) > self.limit:
+                            self.drop("longer than max_document_bytes", place)
+                        else:
+                            yield place, {name: self.value(cell, place) for name, cell in row.items()}
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
             self.drop("damaged", path)
+
+    def value(self, scalar, place):
+        """A value of Arrow as Python's, a date as text; None, counted, if Python has no such date or time zone."""
+        try:
+            value = scalar.as_py()
+        except UnicodeDecodeError:
+            raise
+        except (OverflowError, KeyError, ValueError):
+            return self.mend("date that Python has not left empty", place)
+        return value.isoformat() if hasattr(value, "isoformat") else value
 
     def zip_rows(self, path):
         try:
@@ -352,9 +390,12 @@ class RawSource:
                     elif info.flag_bits & 1:
                         self.drop("encrypted", name)
                     else:
-                        with archive.open(info) as file:
-                            yield from self.file_rows(file, name, lambda: info.compress_size)     # noqa: B023
-        except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+                        try:
+                            with archive.open(info) as file:
+                                yield from self.file_rows(file, name, lambda: info.compress_size)     # noqa: B023
+                        except DAMAGED:
+                            self.drop("damaged", name)
+        except DAMAGED:
             self.drop("damaged", path)
 
     def hub_rows(self, name):

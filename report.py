@@ -17,8 +17,12 @@ facts holds plain JSON; all but sources may be absent:
     options      {name: value};  seconds: of the run
 """
 import html
+import itertools
 import json
 import os
+import re
+import sys
+import time
 
 import numpy as np
 
@@ -109,6 +113,38 @@ def summary(facts):
         rule, (number, _) = most_first(total["rejected"])[0] if total["rejected"] else ("?", (0, 0))
         lines.append(f"nothing is left: {rule!r} alone rejected {number:,}; loosen or leave out that rule")
     return "\n".join(lines)
+
+
+def rejected(facts, count):
+    """The first `count` examples of each rule for the console."""
+    def rule(example):
+        return example["rule"]
+    return "".join(f"--- {rule(example)}: {example['id']}\n{example['text'][:400]}\n\n"
+                   for _, of_rule in itertools.groupby(sorted(facts["examples"], key=rule), rule)
+                   for example in itertools.islice(of_rule, count))
+
+
+def printable(text):
+    """The text as the console can show it: control characters as U+FFFD, what its encoding lacks as escapes."""
+    encoding, text = sys.stdout.encoding or "utf-8", re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Pace:
+    """A line every 30 s, of long work that is called for what it has done: pace("pass 1: 20 MB", share of all)."""
+
+    def __init__(self):
+        self.started = self.last_line = time.perf_counter()
+        self.first = None
+
+    def __call__(self, said, share):
+        now = time.perf_counter()
+        begun, before = self.first = self.first or (now, share)         # what an earlier start did took no time
+        if now - self.last_line > 30:
+            self.last_line = now
+            left = (now - begun) * (1 - share) / (share - before) if share > before else None
+            print(f"{said}, {now - self.started:,.0f} s" + (f", {share:.0%}, {left:,.0f} s left" if left else ""),
+                  file=sys.stderr, flush=True)
 
 
 # ---- page ----

@@ -16,6 +16,7 @@ Libraries and models are loaded at the first use, once per process.
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,9 @@ from collections import Counter
 
 import numpy as np
 
-from sources import mix, parse_sources
+import cleaners
+import raw
+from sources import content_key
 
 DEFAULTS = dict(languages="", min_language_score=0.0, max_toxicity=0.0, perplexity_model="", max_bits_per_byte=0.0,
                 buckets="head,middle,tail", quality_model="", min_quality=0.0, score_characters=20_000,
@@ -239,24 +242,29 @@ def load_quality(folder):
     return weights, facts
 
 
-def labelled(sources, text_column, limit, score_characters, notes):
-    """{hash: text} of the first `limit` documents of `sources`, equal ones once, each cut to what scorers read."""
-    texts = {}
-    for key, text, _ in mix(parse_sources(sources, text_column, "replace"), 0, notes):
-        if key is not None and text.strip():                # None: a further piece of a long document
-            texts[key] = text[:score_characters or None]
+def labelled(sources, text_column, steps, limit, score_characters, notes):
+    """{hash: text} of the first `limit` documents of `sources`, one of each source in turn, equal ones once: read and
+    repaired as what is scored, and cut to what scorers read. What could not be read is counted in `notes`."""
+    corpus, names, texts = raw.parse_sources(sources, text_column), cleaners.parse_steps(steps), {}
+    for document in itertools.chain.from_iterable(itertools.zip_longest(*(source.documents() for source in corpus))):
+        text, _ = cleaners.clean(document["text"], names) if document else (None, "")
+        if text:
+            texts[content_key(text.encode("utf-8", "surrogatepass"))] = text[:score_characters or None]
             if len(texts) == limit:
                 break
+    notes.update(sum((source.dropped for source in corpus), Counter()))
     return texts
 
 
-def train_quality(good, bad, out_dir, text_column="text", documents=100_000, score_characters=20_000, overwrite=False):
+def train_quality(good, bad, out_dir, text_column="text", steps="", documents=100_000, score_characters=20_000,
+                  overwrite=False):
     """Trains the classifier of the score quality on documents of the sources `good` against those of `bad`, and writes
     it to out_dir: quality.npz and quality.json, which holds the facts returned.
 
     Logistic regression over hashed words (as GPT-3's filter: Brown et al. 2020, arXiv:2005.14165, appendix A), both
     kinds weighted alike. A tenth of the documents, by hash, is held out and measures it; min_quality_2_percent is the
-    threshold that loses 2 % of the good ones there. ValueError if a side has too few documents.
+    threshold that loses 2 % of the good ones there. steps: of cleaners.py, those that what is scored has been through.
+    ValueError if a side has too few documents.
     """
     for library in LIBRARIES["quality"]:
         if importlib.util.find_spec(library) is None:
@@ -270,7 +278,7 @@ def train_quality(good, bad, out_dir, text_column="text", documents=100_000, sco
 
     from common import write_atomic
     notes = Counter()
-    texts = [labelled(sources, text_column, documents, score_characters, notes) for sources in (good, bad)]
+    texts = [labelled(sources, text_column, steps, documents, score_characters, notes) for sources in (good, bad)]
     both = texts[0].keys() & texts[1].keys()
     texts = [{key: text for key, text in of_kind.items() if key not in both} for of_kind in texts]
     for option, of_kind in zip(("good", "bad"), texts):
@@ -285,7 +293,8 @@ def train_quality(good, bad, out_dir, text_column="text", documents=100_000, sco
     model.fit(features[~held], is_good[~held])
     weights, intercept = model.coef_[0].astype(np.float32), float(model.intercept_[0])
     facts = {"good": len(texts[0]), "bad": len(texts[1]), "on both sides, left out": len(both),
-             "held_out": int(held.sum()), "intercept": intercept, "features": FEATURES}
+             "could not be read": dict(notes), "held_out": int(held.sum()), "intercept": intercept,
+             "features": FEATURES}
     if 0 < is_good[held].sum() < held.sum():
         odds = 1 / (1 + np.exp(-(features[held] @ weights + intercept)))
         facts |= {"auc": round(float(roc_auc_score(is_good[held], odds)), 4),

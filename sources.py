@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sysconfig
@@ -264,8 +265,8 @@ def names_and_weights(text, option="sources"):
         name, _, number = item.rpartition("=")
         weighted = re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", number) and not os.path.exists(item)
         parsed.append((name, float(number)) if weighted and name else (item, None))
-        if weighted and parsed[-1][1] <= 0:
-            raise ValueError(f"the weight of source {name} is {number}; it must be above 0")
+        if weighted and not 0 < float(number) < math.inf:
+            raise ValueError(f"the weight of source {name} is {number}; it must be above 0 and finite")
     if not parsed:
         raise ValueError(f"{option} is {text!r} and names none" + "; try --sources=stdlib" * (option == "sources"))
     if len({weight is None for _, weight in parsed}) > 1:

@@ -247,9 +247,10 @@ def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, te
     for split, writer in writers.items():
         print(f"{split}: {writer.documents:,} documents, {writer.text_bytes / 1e6:,.2f} MB, {writer.tokens:,} tokens, "
               f"{writer.text_bytes / max(1, writer.tokens - writer.documents):.2f} bytes per token")
-    total = sum(source.text_bytes for source in corpus)
-    for source in corpus if corpus[0].weight else ():
-        print(f"{source.name}: {source.text_bytes / total:.1%} of the bytes" + ", ran out first" * source.ran_out)
+    total, weights = sum(source.text_bytes for source in corpus), sum(source.weight or 0 for source in corpus)
+    for source in corpus if weights else ():
+        print(f"{source.name}: {source.text_bytes / total:.1%} of the bytes, {source.weight / weights:.1%} asked for"
+              + ", ran out first" * source.ran_out)
     for reason, count in notes.items():
         if count:
             print(f"{count:,} {reason}")

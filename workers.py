@@ -7,6 +7,7 @@
 are taken as they are needed, so a stream of any length takes the memory of a few of them. A result depends on its item
 alone: neither the number of workers nor the engine changes it, and an item whose worker dies is simply done again.
 """
+import contextlib
 import functools
 import glob
 import itertools
@@ -85,7 +86,8 @@ def in_processes(function, items, workers):
                         waiting.extend(itertools.islice(items, 1))
                     if len(futures) == len(waiting):
                         break
-                    futures.append(pool.submit(outcome, function, waiting[len(futures)]))
+                    with no_interrupt():
+                        futures.append(pool.submit(outcome, function, waiting[len(futures)]))
                 if not waiting:
                     return
                 result = futures[0].result()
@@ -105,6 +107,17 @@ def in_processes(function, items, workers):
     finally:
         if pool:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def no_interrupt():
+    """Holds Ctrl-C back until the end: a process that is started in here never gets it, not even while it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if os.name == "posix" else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_with_parent():

@@ -2,6 +2,7 @@
 
     python runs/clean.py make DATA FOLDER [documents] [seed]    the dirty corpus from DATA/text, DATA/eval
     python runs/clean.py score DATA FOLDER                      duplicates, spam, good documents, planted questions
+    python runs/clean.py simhash FOLDER [distances]             duplicates by SimHash in place of MinHash
     python runs/clean.py speed DATA FOLDER                      MB/s of the whole chain on one core, and memory
     python runs/clean.py pays FOLDER [seeds] [steps]            base models of the dirty and the clean corpus
 
@@ -301,11 +302,10 @@ def filtered(labels, kept):
     return counts
 
 
-def score(data, folder):
-    labels = read_rows(f"{folder}/labels.jsonl.gz")
+def duplicates(folder, labels, *flags):
     texts = {f"{path}:{line}": row["text"] for path in glob.glob(f"{folder}/dirty/*.jsonl.gz")
              for line, row in enumerate(read_rows(path), 1)}
-    alone = duplicates_found(labels, texts, run_clean(folder, "deduplicated", "--filters="))
+    alone = duplicates_found(labels, texts, run_clean(folder, "deduplicated", "--filters=", *flags))
     print(f"\nduplicates: recall {alone['recall']:.4f} of {alone['pairs']:,} copies at Jaccard {JACCARD} or more, "
           f"precision {alone['precision']:.4f} of {alone['dropped']:,} dropped")
     print("| words edited | copies | mean Jaccard | of Jaccard 0.8 or more | found | others dropped |\n"
@@ -314,6 +314,18 @@ def score(data, folder):
         near, far = ([gone for j, gone in pairs if (j >= JACCARD) == side] for side in (True, False))
         mean = statistics.mean(j for j, _ in pairs)
         print(f"| {share:.1%} | {len(pairs)} | {mean:.3f} | {len(near)} | {sum(near)} | {sum(far)} |")
+
+
+def simhash(folder, distances="3,6,10"):
+    for distance in distances.split(","):
+        print(f"\nSimHash of 3-grams, at most {distance} of 64 bits apart")
+        duplicates(folder, read_rows(f"{folder}/labels.jsonl.gz"), "--near_duplicates=simhash", "--ngram=3",
+                   f"--distance={distance}")
+
+
+def score(data, folder):
+    labels = read_rows(f"{folder}/labels.jsonl.gz")
+    duplicates(folder, labels)
     counts = filtered(labels, run_clean(folder, "clean", f"--questions={','.join(evaluation_files(data))}"))
     print("\n| documents | kind | number | gone | share |\n|---|---|---|---|---|")
     for what in ("good", "spam", "language", "planted"):
@@ -337,7 +349,8 @@ def speed(data, folder):
 
 
 def pays(folder, seeds=3, steps=1000):
-    """Bits per byte of held-out chapters after equal tokens of either corpus; one tokenizer, that of the dirty one."""
+    """Bits per byte of held-out chapters, their first pretrain.eval_tokens tokens, after equal tokens of either corpus;
+    one tokenizer, that of the dirty one."""
     if not glob.glob(f"{folder}/clean/documents/*.jsonl.gz"):
         raise SystemExit(f"{folder}/clean holds no documents; run first: python runs/clean.py score DATA {folder}")
     for name, source, tokenizer in (("dirty", f"{folder}/dirty", ""),
@@ -364,7 +377,7 @@ def pays(folder, seeds=3, steps=1000):
 
 
 if __name__ == "__main__":
-    commands = {"make": make, "score": score, "speed": speed, "pays": pays}
+    commands = {"make": make, "score": score, "simhash": simhash, "speed": speed, "pays": pays}
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     commands[sys.argv[1]](*map(os.path.normpath, sys.argv[2:]))

@@ -7,5 +7,6 @@ source "$(dirname "$0")/setup.sh"
 data="${1:?a folder that holds text/, eval/ and dirty/ is needed}" folder=out/clean
 python runs/clean.py make "$data" $folder "${2:-8000}"
 python runs/clean.py score "$data" $folder
+python runs/clean.py simhash $folder
 python runs/clean.py speed "$data" $folder
 python runs/clean.py pays $folder "${3:-3}" "${4:-1000}"

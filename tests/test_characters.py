@@ -1,5 +1,6 @@
 """characters.py: the same as the plain string methods, on every kind of text."""
 import random
+import time
 import unicodedata
 
 import pytest
@@ -32,6 +33,20 @@ def test_lower_case_and_its_words_are_those_of_string_methods():
         assert characters.lower(text) == encode(text.lower())
         assert characters.lower_words(text) == [encode(word) for word in text.lower().split()]
         assert characters.lower_line(text) == encode(" ".join(text.lower().split()))
+
+
+def test_the_composed_form_is_the_standard_librarys_but_for_runs_that_no_language_has():
+    for text in [*texts(), "a" + "\u0301\u0327" * 15 + "b"]:
+        assert characters.nfc(text) == unicodedata.normalize("NFC", text)
+    cut = characters.nfc("x" + "\u0327" * 65)
+    assert cut == "x" + "\u0327" * 30 + "\u034f" + "\u0327" * 30 + "\u034f" + "\u0327" * 5 == characters.nfc(cut)
+
+
+@pytest.mark.parametrize("function", [characters.nfc, dedup.content_hash, dedup.only_words])
+def test_a_long_run_of_marks_takes_linear_time(function):
+    start = time.perf_counter()
+    function("a" + "\u0301\u0327" * 80_000)
+    assert time.perf_counter() - start < 2      # quadratic time would be 5 s
 
 
 @pytest.mark.parametrize("many", [0, 30, 10 ** 6])

@@ -171,6 +171,7 @@ def test_a_row_that_lacks_a_column_of_the_first_one_is_malformed(tmp_path):
     ("", "names none"), ("task:juggling", "there is no task 'juggling'"), ("nowhere.jsonl", "there is no source"),
     ("task:gsm8k", "gsm8k reads its published files"), ("stdlib", "holds no rows of chats"),
     ("task:arithmetic=1,nowhere.jsonl", "some sources have a weight"), ("task:arithmetic=0", "must be above 0"),
+    ("task:arithmetic=1e999", "must be above 0 and finite"),
     ("task:arithmetic,task:arithmetic", "different ones"),
 ])
 def test_a_wrong_source_is_one_sentence(sources, sentence):

@@ -1,6 +1,8 @@
 """clean.py: raw text to documents, the same whatever the workers and however often it is killed."""
 import gzip
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -12,10 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import chain
 import clean
+import common
+import dedup
 import examples
 import report
 import scorers
@@ -289,7 +294,55 @@ def test_show_rejected_prints_examples_of_each_rule_without_control_characters(c
     assert f"--- basic: characters: {source}:1\nshort \ufffd[31m and red\n" in printed and "\x1b" not in printed
 
 
+def test_a_console_that_cannot_show_what_was_rejected_shows_escapes_and_the_run_is_complete(corpus, tmp_path,
+                                                                                           monkeypatch):
+    source = tmp_path / "short.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [{"text": "short \u4e2d"}, made()[0][0]]))
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert len(rows_of(run(corpus, tmp_path / "out", sources=str(source), show_rejected=1, repeated_lines=0))) == 1
+    stdout.seek(0)
+    assert "short \\u4e2d\n" in stdout.read()
+
+
+def test_progress_says_the_share_of_the_files_that_is_behind_and_that_duplicates_are_looked_for(corpus, tmp_path,
+                                                                                                monkeypatch, capsys):
+    shares = {"in": [], "out": []}
+    monkeypatch.setattr(clean.Progress, "__call__", lambda self, facts, moment, share: shares[moment].append(share))
+    monkeypatch.setattr(clean, "MANY", 50)
+    run(corpus, tmp_path / "out")
+    sizes = [(corpus / name).stat().st_size for name in ("a.jsonl", "b.jsonl.gz")]
+    assert set(shares["in"]) == {0, sizes[0] / sum(sizes)} and shares["in"] == sorted(shares["in"])
+    assert shares["out"][-1] == 1 and len(shares["out"]) > 3
+    assert "between the passes: looking for duplicates among 110 documents\n" in capsys.readouterr().err
+
+
+def test_a_document_that_loses_lines_keeps_no_empty_ones_at_its_ends_and_a_column_bucket_becomes_row_bucket():
+    row = {"text": "menu\n\n  real\n\ntext\n\nmenu", "source": "s", "id": "s:1", "bucket": "mine", "bits_per_byte": 1.0}
+    found = chain.finish(dict(scores="", filters="", repeated_unit="line"), (
+        0, chain.json_line(row), np.array([9]), np.array([0]), np.unique(dedup.line_hashes("menu")), {None: (0.5, 2)}))
+    assert json.loads(gzip.decompress(found["documents"])) == row | {
+        "text": "  real\n\ntext", "bucket": "middle", "row_bucket": "mine"}
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null():
+    row = {"text": "NaN", "a": math.nan, "b": -math.inf, "c": 1.5, "d": None}
+    assert chain.json_line(row) == b'{"text": "NaN", "a": null, "b": null, "c": 1.5, "d": null}\n'
+
+
 # --- what a user can get wrong ---
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_between_the_passes_is_one_sentence_and_the_next_start_goes_on(corpus, expected, tmp_path,
+                                                                                  monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "open", lambda path, mode: open(
+            "/dev/full" if path.endswith("signatures.tmp") else path, mode), raising=False)
+        with pytest.raises(ValueError, match="could not write .*signatures .No space left on device"):
+            run(corpus, tmp_path / "out")
+    assert run(corpus, tmp_path / "out") == expected
+
+
 
 def test_a_filter_that_rejects_everything_is_said_with_the_rule_and_nothing_is_left_behind(corpus, tmp_path, capsys):
     source = tmp_path / "short.jsonl"
@@ -372,6 +425,24 @@ def test_an_unfinished_run_goes_on_only_with_the_same_options_and_the_same_input
             run(corpus, out)
         os.utime(questions, ns=(touched.st_atime_ns, touched.st_mtime_ns))
     assert run(corpus, out, workers=2) == expected
+
+
+def test_overwrite_starts_anew_and_what_it_had_finished_goes_on_without_it(corpus, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(corpus, out, best_by="first")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 1)                                 # before there is anything to go on with
+        run(corpus, out, overwrite=True)
+    with pytest.raises(ValueError, match="already holds cleaned data"):
+        run(corpus, out, threshold=0.7)
+    for overwrite, first in ((True, "options.json"), (False, "options.json"), (True, "options.json")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            written = killed_at(patch, 9)
+            run(corpus, out, overwrite=overwrite)
+        assert written[0] == first and ("part-00000.npz" in written) == overwrite
+    assert run(corpus, out) == expected
+    with pytest.raises(ValueError, match="already holds cleaned data"):
+        run(corpus, out)
 
 
 def test_options_of_scores_and_of_rows_have_one_default():

@@ -71,7 +71,8 @@ def test_a_missing_library_is_an_error_that_says_how_to_get_it(monkeypatch):
                          [" " * 300_000 + "x", " " * 300_000 + "x \ny", "x" + "\n " * 150_000 + "x", "a" * 300_000,
                           "<!-- -->" * 40_000,
                           "1" * 300_000,
-                                  "1 " * 150_000, "a." * 150_000 + "@", "a:" * 150_000, "a | " * 75_000, "." * 300_000],
+                                  "1 " * 150_000, "a." * 150_000 + "@", "a:" * 150_000, "a | " * 75_000, "." * 300_000,
+                          "\\item \\item a" + " " * 300_000 + "x", "a" + "\u0301\u0327" * 150_000],
                          ids=lambda text: repr(text[:6]))
 def test_one_enormous_line_takes_linear_time(text):
     start = time.perf_counter()
@@ -126,6 +127,12 @@ def test_whitespace_keeps_indentation_and_what_joins_letters():
 
 
 # ---- markup ----
+
+def test_half_a_pair_that_a_reference_in_wiki_markup_makes_is_repaired_too():
+    text = "== Head ==\nA [[link]] of &#xD800; and ''more''."
+    assert "\ud800" in cleaners.wiki(text)
+    assert "A link of \ufffd and more." in clean(text, ["wiki"])[0]
+
 
 def test_a_page_becomes_its_main_text():
     text = cleaners.html(PAGE)
@@ -205,7 +212,9 @@ def test_latex_leaves_its_text_and_its_formulas():
 # ---- what is not for a model to learn ----
 
 def test_personal_data_is_masked_and_what_looks_like_it_is_not():
-    masked = {"write to jo.doe+x@mail.example.org.": "write to [EMAIL].", "from 8.8.8.8, yes": "from [IP], yes",
+    masked = {"write to jo.doe+x@mail.example.org.": "write to [EMAIL].", "an jörg@exämple.de!": "an [EMAIL]!",
+              "на почту@пример.рф": "на [EMAIL]", "请联系 a@b.com或者": "请联系 [EMAIL]或者",
+              "from 8.8.8.8, yes": "from [IP], yes",
               "card 4111 1111 1111 1111 now": "card [CARD] now",
               "call (415) 555-2671 or +44 20 7946 0958": "call [PHONE] or [PHONE]",
               "at 2001:4860:4860::8888 today": "at [IP] today"}
@@ -232,6 +241,16 @@ def test_notices_and_menus_go_and_sentences_stay():
     assert cleaners.boilerplate("\n".join(lines)) == "\n".join(stay[:1] + stay[2:])
     assert cleaners.boilerplate("Home\nSearch") is None
     assert cleaners.boilerplate("Its privacy policy " + "is long " * 40) is not None
+
+
+@pytest.mark.parametrize("line, whether", [
+    ("Home | News | About", True), ("a › b", False), ("a || b", False), ("a | | b", True), ("» a › b", False),
+    ("a · " + "b" * 30 + " · c", True), ("a · " + "b" * 31 + " · c", False), ("a | b | c |", False),
+    ("   |  ".join("123456") + "  | see the appendix for the definitions of all columns", False)])
+def test_a_menu_is_three_short_items_and_found_in_linear_time(line, whether):
+    start = time.perf_counter()
+    assert (cleaners.boilerplate(line) is None) == whether
+    assert time.perf_counter() - start < 1      # exponential time would be 3 s for the last one
 
 
 def test_nfc_of_the_default_chain_is_what_the_standard_library_says():

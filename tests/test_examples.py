@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -147,7 +149,7 @@ def test_difficulty_of_what_does_not_fit_the_context_is_finite(model):
 
 
 def fake_ifd(values):
-    return lambda rows, o: ("ifd", np.array(values, float))
+    return lambda rows, *_: ("ifd", np.array(values, float))
 
 
 def test_the_best_fraction_stays_after_what_the_question_does_not_help(monkeypatch):
@@ -160,7 +162,7 @@ def test_the_best_fraction_stays_after_what_the_question_does_not_help(monkeypat
 
 def test_the_judge_sees_only_what_the_filters_left(monkeypatch):
     seen = []
-    monkeypatch.setattr(examples, "judged", lambda rows, o: (seen.extend(rows), ("rating", np.ones(len(rows))))[1])
+    monkeypatch.setattr(examples, "judged", lambda rows, *_: (seen.extend(rows), ("rating", np.ones(len(rows))))[1])
     rows = [chat("Help.", "I'm sorry, but I can't help."), chat("Name a colour.", "Blue.")]
     clean_rows(rows, dict(judge="endpoint", judge_model="m", judge_url="http://x"))
     assert seen == rows[1:]
@@ -263,6 +265,7 @@ def test_damaged_files_and_rows_are_counted_and_the_others_read(tmp_path, kind):
     (folder / "array.json").write_bytes(b"[" + b",".join(lines[103:106]) + b", {")
     (folder / "broken.parquet").write_bytes(b"PAR1 no more of it")
     (folder / "empty.jsonl").write_bytes(b"")
+    pq.write_table(pa.table({"messages": pa.array([], pa.string())}), folder / "empty.parquet")
     (folder / "long.jsonl").write_bytes(b'{"messages": "' + b"x" * formats.LONGEST_ROW + b'"}\n' + lines[106])
     (_, found, notes), = examples.read_rows(kind, str(folder))
     questions = {(r["messages"] if kind == "chats" else r["prompt"])[0]["content"] for r in found}
@@ -270,6 +273,7 @@ def test_damaged_files_and_rows_are_counted_and_the_others_read(tmp_path, kind):
     assert len(questions) > 7 and len(questions) == len(found)          # and what stood before the cut
     assert notes["cut off"] == 1 and notes["invalid JSON"] == 3 and notes["binary"] == 1
     assert notes["longer than max_document_bytes"] == 1 and notes["malformed"] == 2
+    assert notes["empty"] == 2
     assert notes["damaged, rest of the file unread"] == 1 and notes["invalid JSON, rest of the file unread"] == 1
 
 
@@ -290,6 +294,62 @@ def test_published_chats_and_pairs_lose_few_rows(tmp_path):
         (_, rows, _), = examples.read_rows(kind, str(path))
         kept, counts = clean_rows(rows, {})
         assert len(kept) > 0.9 * len(rows), counts
+
+
+JUDGED = dict(OFF, judge="endpoint", judge_model="m", judge_url="http://x", judge_parallel=1)
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_verdicts_survive_a_kill_and_are_not_asked_for_again(tmp_path, monkeypatch, kind):
+    row = (lambda i: chat(f"Question {i}", f"Answer {i}.")) if kind == "chats" else (
+        lambda i: pair(f"Question {i}", f"Answer {i}.", f"Other {i}."))
+    asked, limit = [], 13
+
+    def asker(url, model, **how):
+        def ask(*job):
+            if len(asked) == limit:
+                raise KeyboardInterrupt
+            asked.append(json.dumps(job))
+            return 7.0 if kind == "chats" else "1" if job[1].startswith("Answer") else "2"
+        ask.failures = []
+        return ask
+    monkeypatch.setattr("judge.rater" if kind == "chats" else "judge.endpoint", asker)
+    given = config(tmp_path, map(row, range(20)), kind=kind, **JUDGED)
+    with pytest.raises(KeyboardInterrupt):
+        examples.run(given)
+    verdicts = tmp_path / "out" / examples.VERDICTS
+    verdicts.write_text(verdicts.read_text()[:-3])              # a kill in the middle of a write: one is lost
+    limit = 1000
+    examples.run(given)
+    assert len(asked) == len(set(asked)) + 1 == (21 if kind == "chats" else 41)
+    assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 20
+    assert not verdicts.parent.exists()
+
+
+def test_a_refused_row_is_counted_once_others_were_answered(tmp_path, monkeypatch):
+    asked, last = [], 60
+
+    def rater(url, model, **how):
+        def ask(conversation):
+            asked.append(int(conversation[0]["content"].split()[1]))
+            if asked[-1] % 2 or asked[-1] >= last:
+                raise judge.Refused("the judge refuses: HTTP 403")
+            return 5.0
+        ask.failures = []
+        return ask
+    monkeypatch.setattr("judge.rater", rater)
+    rows = [chat(f"Question {i}", f"Answer {i}.") for i in range(120)]
+    kept, counts = clean_rows(rows[:60], JUDGED)
+    assert len(kept) == 30 and counts == {"judge: no score": 30} and sorted(asked) == list(range(60))
+    with pytest.raises(judge.Refused, match="HTTP 403"):        # before any was
+        clean_rows(rows[1:], JUDGED)
+    with pytest.raises(judge.Refused, match="HTTP 403"):        # of a key that ran out
+        examples.run(config(tmp_path, rows, **JUDGED))
+    asked.clear()
+    last = 120                                                  # another key
+    examples.run(config(tmp_path, rows, **JUDGED))
+    assert sorted(asked) == [*range(1, 60, 2), *range(60, 120)]
+    assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 60
 
 
 def test_an_endpoint_that_is_down_is_said_after_its_first_requests(monkeypatch):

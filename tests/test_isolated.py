@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,9 +17,9 @@ ROOT = Path(isolated.__file__).resolve().parent
 PAGE = "<!DOCTYPE html><html><body><p>The red fox lives in forests, on mountains and in towns.</p></body></html>"
 
 
-def test_a_call_gives_what_the_function_does_and_its_sentence_comes_back():
+def test_a_call_gives_what_the_function_does_and_an_error_is_said():
     assert isolated.call("cleaners", "html", PAGE, 60) == cleaners.html(PAGE)
-    with pytest.raises(ValueError, match="invalid literal"):
+    with pytest.raises(isolated.Lost, match="raised ValueError"):
         isolated.call("builtins", "int", "x", 60)
     assert isolated.call("builtins", "int", "7", 60) == 7
 
@@ -26,11 +27,37 @@ def test_a_call_gives_what_the_function_does_and_its_sentence_comes_back():
 def test_a_crash_or_a_hang_is_said_and_the_next_call_is_served():
     isolated.call("builtins", "int", "7", 60)
     before = isolated.server.pid
-    for module, name, argument, said in (("os", "_exit", 3, "crashed"), ("time", "sleep", 60, "took more than 1 s"),
-                                         ("builtins", "len", 3, "crashed")):        # any other error ends it too
+    for module, name, argument, said in (("os", "_exit", 3, "crashed"),
+                                         ("builtins", "sum", range(10 ** 12), "took more than 0.5 s")):
         with pytest.raises(isolated.Lost, match=said):
-            isolated.call(module, name, argument, 1)
+            isolated.call(module, name, argument, 0.5)
         assert isolated.call("builtins", "int", "8", 60) == 8 and isolated.server.pid != before
+
+
+def at_work(*signals):
+    """A thread that sends these signals, half a second apart, to the process that serves, which is begun here."""
+    isolated.call("builtins", "int", "7", 60)
+    pid = isolated.server.pid
+
+    def send():
+        for number in signals:
+            time.sleep(0.5)
+            os.kill(pid, number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_a_process_that_is_killed_from_outside_costs_no_text():
+    thread = at_work(signal.SIGKILL)
+    assert isolated.call("time", "sleep", 1, 60) is None
+    thread.join()
+
+
+def test_a_process_that_stands_still_does_not_run_out_of_time():
+    thread = at_work(signal.SIGSTOP, signal.SIGCONT)
+    assert isolated.call("time", "sleep", 0.7, 0.5) is None
+    thread.join()
 
 
 def test_what_a_library_prints_is_no_answer():
@@ -66,11 +93,12 @@ def test_a_document_that_crashes_a_library_goes_and_is_counted_by_its_step(monke
             raise isolated.Lost("crashed")
         return text
     monkeypatch.setattr(isolated, "call", call)
-    wiki = "== Head ==\nA [[link]] of ''fox''."
+    wiki, latex = "== Head ==\nA [[link]] of ''fox''.", "\\section{Head}\\label{x} A fox."
     assert cleaners.clean(PAGE, ["html"]) == (None, "html crashed")
     assert cleaners.clean(wiki, ["wiki"]) == (None, "wiki crashed")
-    assert cleaners.clean("a fox & a < b", ["html", "wiki"]) == ("a fox & a < b", "")       # nothing for a library
-    assert asked == [("cleaners", "html", cleaners.LONGEST), ("cleaners", "wiki", cleaners.LONGEST)]
+    assert cleaners.clean(latex, ["latex"]) == (None, "latex crashed")
+    assert cleaners.clean("a fox & a < b", ["html", "wiki", "latex"]) == ("a fox & a < b", "")      # no markup
+    assert asked == [("cleaners", step, cleaners.LONGEST) for step in ("html", "wiki", "latex")]
     settings = dict(steps="html", filters="", scores="", questions=None, near_duplicates="none", repeated_lines=0)
     documents = [{"text": text, "source": "s", "id": str(i)} for i, text in enumerate([PAGE, "A hen is here."])]
     facts = chain.wash(settings, (0, documents))["facts"]["sources"]["s"]

@@ -246,7 +246,7 @@ def test_pauses_between_retries_double(served, monkeypatch):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_address_is_one_sentence_at_once(served, status):
     url, requests = served(lambda *_: (status, b""))
-    with pytest.raises(ValueError, match=f"refuses: HTTP {status}") as error:
+    with pytest.raises(judge.Refused, match=f"refuses: HTTP {status}") as error:
         quick(url)(user("?"), "a", "b")
     assert one_sentence(error) and len(requests) == 1
 

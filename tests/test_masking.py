@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from kernels import attention, bidirectional_attention
-from masking import MaskedBatches, mask_rows
+from masking import MaskedBatches, evaluate, mask_rows
 from model import GPT, Config, ScalarHead
 from tokenizer import MASK, Tokenizer
 
@@ -29,6 +29,18 @@ def rows(B=64, T=200, seed=0):
     """Ids of which 90 to 98 are specials, and next tokens as targets."""
     ids_BT = torch.from_numpy(np.random.default_rng(seed).integers(0, 99, (B, T)))
     return ids_BT, ids_BT.roll(-1, 1)
+
+
+def test_the_mean_loss_of_an_evaluation_is_summed_in_float64():
+    class Run:
+        move, total = staticmethod(lambda *tensors: tensors), staticmethod(lambda total: total)
+
+    nll_BT = torch.rand(3, 1000) * 1e8
+    targets_BT = torch.zeros(3, 1000, dtype=torch.int64)
+    rows = [(targets_BT, targets_BT, None)] * 2
+    nats, hits = evaluate(lambda *_, want_hits: (nll_BT, nll_BT > 5e7), rows, Run)
+    assert nats == pytest.approx(nll_BT.double().mean().item(), rel=1e-14)
+    assert hits == (nll_BT > 5e7).double().mean().item()
 
 
 # --- who is hidden ---

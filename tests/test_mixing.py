@@ -110,6 +110,11 @@ def test_capping_one_source_may_push_another_over_its_cap():
         cap(asked, rows, np.full(3, 100.0))
 
 
+def test_what_a_cap_leaves_goes_to_the_others_however_small_their_shares_are():
+    kept = cap([[1 - 1e-13, 3e-14, 7e-14]], np.array([100]), np.array([10.0, 1e9, 1e9]))
+    assert kept[0] == pytest.approx([0.1, 0.27, 0.63])
+
+
 def test_stages_change_the_shares_where_they_begin_and_epochs_go_on(two):
     web, code = two
     batches = mixed(f"{web}=0.9,{code}=0.1", stages=f"0.5:{web}=0.25,{code}=0.75;0.9:{code}=1", max_steps=100)
@@ -197,6 +202,7 @@ def test_the_report_and_the_log_say_tokens_bytes_and_epochs(two):
     ("a=0.7,b=0.4", "", "weights of data add up to 1.1, not 1.*a=0.636,b=0.364"),
     ("a=0.7,b", "", "some sources have a weight and some have none"),
     ("a=-1,b=2", "", "must be above 0"),
+    ("a=1e999,b=1", "", "the weight of source a is 1e999; it must be above 0 and finite"),
     ("a=0.5,a/=0.5", "", "names a folder twice"),
     (" , ", "", "data is ' , ' and names none"),
     ("a", "a=1", "share of the run at which it begins"),

@@ -131,6 +131,7 @@ def test_a_row_that_teaches_nothing_is_unusable_for_a_reason(row, reason):
     ({"chosen": "Hello.", "rejected": "What?"}, "no prompt, and 'Hello.' is no transcript"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is 'much', not a number"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": float("nan")}, "score_chosen is nan"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 10 ** 400}, "margin is 10{39}, not a number"),
     ({"prompt": "Hi", "chosen": "Hello."}, "no known format, having prompt, chosen"),
     ({"instruction": "Hi", "completions": "x"}, "completions are 'x'"),
 ])

@@ -1,14 +1,18 @@
 """raw.py: whatever state text is in, what can be read is read, and what cannot is counted under its reason."""
 import bz2
 import codecs
+import contextlib
 import gzip
 import itertools
 import json
 import lzma
 import os
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
+from threading import Thread
 
 import pyarrow
 import pyarrow.parquet
@@ -133,6 +137,13 @@ def test_a_page_is_read_as_it_declares():
     assert raw.decode(page.encode("iso-8859-2")) == (page, "iso8859-2")
 
 
+@pytest.mark.parametrize("declared", ["utf-16", '"UTF-16LE"', "utf16", "utf-32"])
+def test_a_page_whose_every_character_is_a_byte_is_not_in_utf16_whatever_it_declares(declared):
+    for end in ("", " "):                                       # one of the two is an even number of bytes
+        page = f"<html><head><meta charset={declared}></head>caf\xe9 au lait, and more text here{end}</html>"
+        assert raw.decode(page.encode("cp1252")) == (page, "cp1252")
+
+
 def test_lines_of_several_encodings_are_read_each_in_its_own(tmp_path):
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode(encoding) for text, encoding in
              (("Grüße aus Köln", "utf-8"), ("Grüße aus Köln, wo der Rhein nach Norden fließt", "cp1252"))]
@@ -193,6 +204,25 @@ def test_files_that_are_no_text_are_left_out_and_counted(tmp_path):
     assert source.dropped == {"empty": 3, "binary": 1, "damaged": 3}
 
 
+def test_every_file_that_is_no_text_is_counted_once(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"folder/{i}.txt", noise(999))
+        write(tmp_path / f"folder/{i}.jsonl.gz", b"no gzip at all")
+    write(tmp_path / "folder/nothing.txt", b"")
+    assert read(tmp_path / "folder")[1].dropped == {"binary": 12, "damaged": 12, "empty": 1}
+
+
+@pytest.mark.parametrize("unknown", [pyarrow.array([10 ** 9] * 3, pyarrow.date32()),
+                                     pyarrow.array([10 ** 9, 5, None], pyarrow.timestamp("s", "Nowhere/Here"))])
+def test_a_date_that_python_has_not_costs_no_document(tmp_path, unknown):
+    table = pyarrow.table({"text": ["one", "two", "three"], "day": unknown, "n": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    documents, source = read(tmp_path / "a.parquet")
+    assert [(document["text"], document["day"], document["n"]) for document in documents] == [
+        ("one", None, 1), ("two", None, 2), ("three", None, 3)]
+    assert source.mended == {"date that Python has not left empty": 3 - unknown.null_count} and not source.dropped
+
+
 def test_a_parquet_file_is_read_up_to_its_damage(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=100)
     data = bytearray((tmp_path / "a.parquet").read_bytes())
@@ -239,6 +269,44 @@ def test_bombs_are_stopped(tmp_path, monkeypatch):
         assert source.dropped["zip bomb"] == 1 and len(documents) < 50_000, file
 
 
+def repeated(path, length, rows, kind):
+    """A file of a few kB: every row has the same value, which stands in it once."""
+    text = pyarrow.array([("the fox and the hen " * length)[:length]])
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows), text).cast(kind)})
+    pyarrow.parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_a_bomb_of_parquet_is_stopped_and_what_is_too_long_is_no_string_before(tmp_path, monkeypatch, kind):
+    file = repeated(tmp_path / "a.parquet", 5_000_000, 100, kind)
+    documents, source = read(file)
+    assert source.dropped == {"zip bomb": 1} and len(documents) == raw.BOMB_BYTES // 5_000_000
+    monkeypatch.setattr(raw, "BOMB", 10 ** 9)
+    tracemalloc.start()
+    documents, source = read(file, limit=1_000_000)
+    assert tracemalloc.get_traced_memory()[1] < 3_000_000 and not documents
+    tracemalloc.stop()
+    assert source.dropped == {"longer than max_document_bytes": 100}
+
+
+def test_a_page_of_parquet_that_is_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "BOMB_BYTES", 1 << 20)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["fox", "a" * 3_000_000]}), tmp_path / "a.parquet",
+                                compression="zstd", use_dictionary=False)
+    documents, source = read(tmp_path / "a.parquet")
+    assert not documents and source.dropped == {"zip bomb": 1}
+
+
+def test_long_values_that_parquet_holds_once_are_not_in_memory_all_at_once(tmp_path):
+    file = repeated(tmp_path / "a.parquet", 5_000_000, 100, pyarrow.string())
+    code = f"import pyarrow, raw; raw.BOMB = 10 ** 9; [source] = raw.parse_sources({str(file)!r}, 'text', 1000); " \
+           "print(len(list(source.documents())), pyarrow.default_memory_pool().max_memory())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    documents, peak = map(int, run.stdout.split())
+    assert documents == 0 and peak < 3 * raw.BOMB_BYTES         # a hundred of them would be 500 MB and more
+
+
 def test_text_that_repeats_itself_is_no_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(raw, "BOMB_BYTES", 1 << 16)
     documents, source = read(write(tmp_path / "a.jsonl.gz", gzip.compress(LINES * 5)))
@@ -251,6 +319,28 @@ def test_members_of_an_archive_that_cannot_be_read_are_counted(tmp_path):
     assert [document["text"] for document in documents] == ["good"]
     assert source.dropped == {"unknown type in an archive": 1, ".zip inside another file": 1,
                               ".parquet inside another file": 1, "binary": 1}
+
+
+def test_a_damaged_member_of_an_archive_costs_itself_alone(tmp_path):
+    file = Path(zipped(tmp_path / "a.zip", {f"{i}.txt": f"member {i}".encode() for i in range(5)}))
+    data = file.read_bytes()
+    for at, part in ((data.find(b"PK\x03\x04"), b"XXXX"), (data.find(b"PK\x01\x02") + 10, b"\x61\x00")):
+        documents, source = read(write(file, data[:at] + part + data[at + len(part):]))     # its head; its method
+        assert [document["text"] for document in documents] == [f"member {i}" for i in range(1, 5)]
+        assert source.dropped == {"damaged": 1} and source.places == {"damaged": [f"{file}/0.txt"]}
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    def feed(path):                                             # whoever waits gets something
+        while True:
+            with contextlib.suppress(BrokenPipeError):
+                path.write_bytes(b"text")
+    for name in ("a.txt", "b.parquet", "c.zip"):
+        os.mkfifo(tmp_path / name)
+        Thread(target=feed, args=[tmp_path / name], daemon=True).start()
+    write(tmp_path / "d.txt", b"good")
+    documents, source = read(tmp_path)
+    assert [document["text"] for document in documents] == ["good"] and source.dropped == {"no regular file": 3}
 
 
 def test_a_file_that_may_not_be_read_is_counted(tmp_path):

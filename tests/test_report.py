@@ -1,6 +1,8 @@
 """report.py: the page shows what the facts say and nothing else, and needs nothing beside it."""
+import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -91,6 +93,28 @@ def test_totals_add_up_over_sources():
     total = report.totals(FACTS)
     assert (total["documents_in"], total["documents_out"], total["bytes_in"]) == (1010, 710, 10_000_000)
     assert total["rejected"] == {"basic: length": [250, 100_000], "gopher: <b>words</b>": [50, 60_000]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_the_console_cannot_show_is_escaped(monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, "strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    facts = {"examples": [{"rule": "b", "id": "caf\udce9:1", "text": "\u4e2d \ud800\x1b"}] + [
+        {"rule": "a", "id": f"x:{i}", "text": "y" * 500} for i in range(3)]}
+    print(report.printable(report.rejected(facts, 2)))
+    stdout.seek(0)
+    shown = "\u4e2d \\ud800\ufffd" if encoding == "utf-8" else "\\u4e2d \\ud800\\ufffd"
+    assert stdout.read() == "".join(f"--- a: x:{i}\n{'y' * 400}\n\n" for i in range(2)) + (
+        f"--- b: caf\\udce9:1\n{shown}\n\n\n")
+
+
+def test_long_work_says_how_much_is_done_and_what_is_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    pace = report.Pace()
+    for now[0], share in (10, 0.5), (20, 0.6), (31, 0.7), (50, 0.9), (70, 0.9):     # half of it by an earlier start
+        pace("pass 1", share)
+    assert capsys.readouterr().err == "pass 1, 31 s, 70%, 32 s left\npass 1, 70 s, 90%, 15 s left\n"
 
 
 def test_a_run_that_keeps_nothing_names_the_rule():

@@ -1,7 +1,11 @@
 """scorers.py: columns of documents, what they reject, thirds by bits per byte, and the quality classifier."""
+import bz2
+import gzip
 import json
 import math
 import pickle
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +38,12 @@ def model(tmp_path_factory):
     return str(folder)
 
 
+def json_lines(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
 def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_bytes(json_lines(texts))
     return str(path)
 
 
@@ -139,6 +147,23 @@ def test_training_twice_gives_the_same_classifier_and_no_pickle(quality, tmp_pat
     for name in ("quality.npz", "quality.json"):
         assert (tmp_path / name).read_bytes() == (Path(folder) / name).read_bytes()
     np.load(tmp_path / "quality.npz", allow_pickle=False)
+
+
+def test_it_learns_from_what_cleaning_reads_repaired_as_what_is_scored(quality, tmp_path):
+    councils, pills = ([json.loads(line)["text"] for line in open(Path(quality[0]).parent / name)]
+                       for name in ("good.jsonl", "bad.jsonl"))
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        for i, text in enumerate(councils[:150]):
+            archive.writestr(f"{i}.html", f"<html><body><p>{text}</p></body></html>")
+    for name, packed in (("more.jsonl.bz2", bz2.compress(json_lines(councils[150:]))),
+                         ("bad.jsonl.gz", gzip.compress(json_lines(pills))[:-20])):
+        (tmp_path / name).write_bytes(packed)
+    good, notes = f"{tmp_path}/good.zip,{tmp_path}/more.jsonl.bz2", Counter()
+    texts = list(scorers.labelled(good, "text", "html", 101, 0, notes).values())
+    assert set(texts[:100:2]) <= set(councils[:150]) and texts[1:100:2] == councils[150:]       # in turns
+    facts = train_quality(good, str(tmp_path / "bad.jsonl.gz"), str(tmp_path / "out"), steps="html")
+    assert facts["good"] == 200 and 100 < facts["bad"] < 200 and facts["auc"] > 0.99
+    assert facts["could not be read"].pop("cut off") == 1
 
 
 def test_a_classifier_is_not_overwritten_unasked_and_a_damaged_one_is_one_sentence(quality, tmp_path):

@@ -232,15 +232,15 @@ def test_files_are_read_in_turns_so_that_a_head_resembles_the_whole(tmp_path):
 def test_shares_of_bytes_follow_the_weights_until_a_source_runs_out(tmp_path, tokenizer, capsys):
     write(tmp_path / "short=1.jsonl", "\n".join(json.dumps(f"s{i} " + "s" * 100) for i in range(1000)))
     write(tmp_path / "long.jsonl", "\n".join(json.dumps(f"l{i} " + "l" * 900) for i in range(1000)))
-    sources = f"{tmp_path}/short=1.jsonl=0.25, {tmp_path}/long.jsonl=0.75"
+    sources = f"{tmp_path}/short=1.jsonl=1, {tmp_path}/long.jsonl=3"
     texts.prepare(str(tmp_path / "out"), sources, tokenizer=tokenizer[0])
     found = documents(str(tmp_path / "out"), "train") + documents(str(tmp_path / "out"), "val")
     size = {name: sum(len(text) for text in found if text[0] == name) for name in "sl"}
     assert sum(text[0] == "s" for text in found) == 1000
     assert size["s"] / (size["s"] + size["l"]) == pytest.approx(0.25, abs=0.005)
     said = capsys.readouterr().out
-    assert re.search(r"short=1.jsonl: 25\.\d% of the bytes, ran out first\n", said)
-    assert re.search(r"long.jsonl: 7[45]\.\d% of the bytes\n", said)
+    assert re.search(r"short=1.jsonl: 25\.\d% of the bytes, 25\.0% asked for, ran out first\n", said)
+    assert re.search(r"long.jsonl: 7[45]\.\d% of the bytes, 75\.0% asked for\n", said)
     assert len(read(f"{tmp_path}/short=1.jsonl,{tmp_path}/long.jsonl")[0]) == 2000      # without weights all is taken
 
 

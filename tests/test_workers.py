@@ -116,6 +116,28 @@ if __name__ == "__main__":
     assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+def test_ctrl_c_while_workers_start_is_said_by_the_parent_alone(functions, tmp_path):
+    (tmp_path / "main.py").write_text(f"""
+import os, sys, time
+sys.path[:0] = [{str(HERE)!r}, {str(tmp_path)!r}]
+if __name__ != "__main__":                  # a worker that is starting
+    open(f"{tmp_path}/{{os.getpid()}}.starts", "w").close()
+    time.sleep(1)
+import workers, worked
+if __name__ == "__main__":
+    for value, pid in workers.run(worked.square, range(10 ** 9), workers=2):
+        pass
+""")
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stderr=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    while len(list(tmp_path.glob("*.starts"))) < 2 and parent.poll() is None:
+        time.sleep(0.02)
+    os.killpg(parent.pid, signal.SIGINT)
+    said = parent.communicate(timeout=30)[1]
+    assert said.count("KeyboardInterrupt") == 1 and "Process Spawn" not in said and parent.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (dict(engine="spark"), "engine is 'spark'; it must be processes or ray"),
     (dict(workers=-1), "workers is -1"),
