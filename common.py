@@ -349,7 +349,7 @@ class Run:
         return bool(self.total(self.stopping)) if self.world_size > 1 else self.stopping
 
     def log(self, step, done=None, **metrics):
-        """Records metrics of a step on the first rank, as record.Log says; no rank waits for its GPU."""
+        """Records metrics of a step on the first rank, as record.Log says; no rank waits for this step."""
         if self.is_main:
             self.records.record(step, done, metrics)
 

@@ -35,10 +35,13 @@ def test_the_mean_loss_of_an_evaluation_is_summed_in_float64():
     class Run:
         move, total = staticmethod(lambda *tensors: tensors), staticmethod(lambda total: total)
 
+    class Model:
+        forward = staticmethod(lambda *_, want_hits: (nll_BT, nll_BT > 5e7))
+
     nll_BT = torch.rand(3, 1000) * 1e8
     targets_BT = torch.zeros(3, 1000, dtype=torch.int64)
     rows = [(targets_BT, targets_BT, None)] * 2
-    nats, hits = evaluate(lambda *_, want_hits: (nll_BT, nll_BT > 5e7), rows, Run)
+    nats, hits = evaluate(Model, rows, Run)
     assert nats == pytest.approx(nll_BT.double().mean().item(), rel=1e-14)
     assert hits == (nll_BT > 5e7).double().mean().item()
 
