@@ -12,7 +12,7 @@ import triton_decode
 import triton_kernels
 import triton_logprob
 from plain_attention import by_hand, document_attention, masked_attention, packed_documents
-from recompute import again, instead_of
+from recompute import again, instead_of, is_worth_it
 
 SMALL = 1 << 15             # numbers up to which torch's own composite norm has less to call (10 against 16 us)
 
@@ -162,14 +162,15 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = inverse_rms(x, eps)
-        ctx.save_for_backward(x, scale, weight)
-        return x * scale * weight
+        normed, ctx.keeps_x = x * scale, is_worth_it(x)     # x, which the output is made from again
+        ctx.save_for_backward(x if ctx.keeps_x else normed, scale, weight)
+        return normed * weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, scale, weight = ctx.saved_tensors
-        normed = x * scale
+        kept, scale, weight = ctx.saved_tensors
+        normed = kept * scale if ctx.keeps_x else kept
         product = grad * normed
         dot = (product @ weight).div_(weight.numel()).unsqueeze(-1)
         dx = (grad * weight).addcmul_(normed, dot, value=-1).mul_(scale)

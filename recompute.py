@@ -28,9 +28,13 @@ class Recipe:
         return found
 
 
+def is_worth_it(x):
+    return allowed and x.numel() * x.element_size() >= LEAST
+
+
 def again(out, function, *inputs):
     """`out`, which is function(*inputs), and remembers so if it is large."""
-    if allowed and out.numel() * out.element_size() >= LEAST:
+    if is_worth_it(out):
         recipes = [getattr(x, "recipe", x.detach() if isinstance(x, torch.Tensor) else x) for x in inputs]
         for x in recipes:
             if isinstance(x, Recipe):
