@@ -1,7 +1,8 @@
 """How fast this machine runs what training and generation consist of, beside the peers that are installed.
 
     python bench.py env                                         matrix products and copies
-    python bench.py errors                                      every operation and its gradients against float64
+    python bench.py errors                                      every operation and its gradients against float64, at
+                                                                shapes of its own
     python bench.py attention --context=8192 --document=512     kernels.attention and decode_attention
     python bench.py logprob --vocab_size=50304                  kernels.linear_logprob
     python bench.py train --n_layer=12 --n_embd=768             tokens/s, MFU, memory, graph breaks

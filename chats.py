@@ -270,12 +270,14 @@ class Chats:
         import h5py
         self.path = path = os.path.join(folder, f"{split}.h5")
         if not os.path.exists(path):
-            raise ValueError(f"there is no {path}; write it with python data.py --kind=chats --out_dir={folder}")
+            raise ValueError(f"there is no {path}; name a folder that data.py wrote, as in python data.py --kind=chats "
+                             f"--sources=FILES --tokenizer=MODEL --out_dir={folder}")
+        holds_text = False
         try:
             with h5py.File(path, "r", locking=False) as file:
                 self.attributes = dict(file.attrs)
-                if "mask" not in file and "tokens" in file:
-                    raise KeyError("it holds text without a mask")
+                if holds_text := "mask" not in file and "tokens" in file:
+                    raise KeyError
                 arrays = {name: (file[name].dtype, file[name].id.get_offset(), file[name].shape)
                           for name in ("tokens", "mask")}
                 self.offsets, self.source = file["doc_offsets"][:], file["source"][:]
@@ -284,6 +286,9 @@ class Chats:
             self.names, self.pad_id = json.loads(self.attributes["sources"]), int(self.attributes["pad_id"])
             fingerprint, pieces = self.attributes["fingerprint"], self.attributes["vocab_size"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if holds_text:
+                raise ValueError(f"{path} holds text and no chats; name another folder, which python data.py "
+                                 "--kind=chats wrote") from None
             raise ValueError(f"{path} is cut short, or holds no chats ({str(error).splitlines()[0]}); write it again "
                              f"with python data.py --kind=chats --out_dir={folder} --overwrite=true") from None
         if tokenizer and fingerprint != tokenizer.fingerprint:

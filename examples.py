@@ -421,8 +421,9 @@ def run(config):
         os.remove(verdicts)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(verdicts))                 # only if it is empty
+    encoder = "--tokenizer=MODEL " if kind == "chats" else ""
     print(report.printable(f"{report.rejected(facts, config['show_rejected'])}{report.summary(facts)}\n"
-                           f"next: python data.py --kind={kind} --sources={path} --out_dir={out_dir}/{kind}"))
+                           f"next: python data.py --kind={kind} --sources={path} {encoder}--out_dir={out_dir}/{kind}"))
 
 
 def histograms(rows, reasons, name, scores):

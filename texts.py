@@ -278,12 +278,13 @@ def open_tokens(folder, split, tokenizer=None):
     ValueError if the file is missing, cut short, or was encoded with another tokenizer than the one given.
     """
     import h5py
-    path = os.path.join(folder, f"{split}.h5")
+    path, holds_chats = os.path.join(folder, f"{split}.h5"), False
     if not os.path.exists(path):
-        raise ValueError(f"there is no {path}; write it with python data.py --out_dir={folder}")
+        raise ValueError(f"there is no {path}; name a folder that data.py wrote, as in python data.py --sources=FILES "
+                         f"--out_dir={folder}")
     try:
         with h5py.File(path, "r", locking=False) as file:
-            attributes = dict(file.attrs)
+            holds_chats, attributes = "mask" in file, dict(file.attrs)
             pieces, fingerprint = attributes["vocab_size"], attributes["fingerprint"]
             places = [(file[name].dtype, file[name].id.get_offset(), file[name].shape) for name in
                       ("tokens", "doc_offsets")]
@@ -291,6 +292,8 @@ def open_tokens(folder, split, tokenizer=None):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is cut short, or was not written by data.py ({str(error).splitlines()[0]}); "
                          f"write it again with python data.py --out_dir={folder} --overwrite=true") from None
+    if holds_chats:
+        raise ValueError(f"{path} holds chats and no text; sft.py trains on those, and text is a folder of its own")
     if tokenizer and fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{path} was encoded with a tokenizer of {pieces} pieces (fingerprint {fingerprint}) but the "
                          f"one given has {tokenizer.vocab_size} ({tokenizer.fingerprint}); run data.py again with "

@@ -375,7 +375,7 @@ def test_a_tokenizer_is_needed_and_one_without_chats_is_refused(tmp_path, tokeni
 
 
 def test_opening_says_what_is_wrong_with_the_files(tmp_path, folder, tokenizer):
-    with pytest.raises(ValueError, match="there is no .*train.h5; write it with python data.py --kind=chats"):
+    with pytest.raises(ValueError, match="there is no .*train.h5; name a folder .* data.py --kind=chats"):
         chats.Chats(str(tmp_path), "train")
     whole = Path(folder, "train.h5").read_bytes()
     (tmp_path / "train.h5").write_bytes(whole[:len(whole) // 2])
@@ -385,7 +385,7 @@ def test_opening_says_what_is_wrong_with_the_files(tmp_path, folder, tokenizer):
         chats.Chats(folder, "train", Tokenizer.train(["another"], 264))
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join("ab"))
     assert run(f"--sources={tmp_path}/text.txt", "--vocab_size=264", f"--out_dir={tmp_path}/text").returncode == 0
-    with pytest.raises(ValueError, match="holds no chats .*it holds text"):
+    with pytest.raises(ValueError, match="train.h5 holds text and no chats; name another"):
         chats.Chats(f"{tmp_path}/text", "train")
 
 

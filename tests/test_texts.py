@@ -453,7 +453,7 @@ def test_on_a_terminal_a_bar_shows_tokens_a_second(monkeypatch, capsys):
 
 def test_opening_says_what_is_wrong_with_a_file(tmp_path, tokenizer):
     out = str(tmp_path)
-    with pytest.raises(ValueError, match="there is no .*train.h5; write it with python data.py --out_dir="):
+    with pytest.raises(ValueError, match="there is no .*train.h5; name a folder .* data.py --sources"):
         texts.open_tokens(out, "train")
     numbered(tmp_path, 5000)
     whole = (tmp_path / "train.h5").read_bytes()
@@ -463,6 +463,11 @@ def test_opening_says_what_is_wrong_with_a_file(tmp_path, tokenizer):
             texts.open_tokens(out, "train")
     write(tmp_path / "train.h5", whole)
     texts.open_tokens(out, "train")
+    with h5py.File(tmp_path / "train.h5", "a") as file:
+        file["mask"] = [1]
+    with pytest.raises(ValueError, match="train.h5 holds chats and no text; sft.py trains on those"):
+        texts.open_tokens(out, "train")
+    write(tmp_path / "train.h5", whole)
     with pytest.raises(ValueError, match=r"tokenizer of 300 pieces \(fingerprint f\) but the one given has 400"):
         texts.TextBatches(out, "train", 4, 4, 16, 0, tokenizer=tokenizer[1])
     with pytest.raises(ValueError, match="holds 5,000 tokens, fewer than one step of 400 rows . 16 tokens"):
