@@ -1,5 +1,6 @@
 """bench.py on shapes that take no time: every command prints a table and says in a sentence what it does not take."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_every_command_prints_its_rows_and_appends_them_as_json(tmp_path, comman
     (["train", *TINY, "--nanochat=nowhere"], "it has no nanochat/gpt.py")])
 def test_mistakes_end_in_one_sentence(arguments, says):
     assert says in run(*arguments, status=1)
+
+
+@pytest.mark.parametrize("wrong", [1.1, math.nan])
+def test_a_wrong_gradient_is_not_called_right(monkeypatch, wrong):
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return wrong * grad
+    attention = bench.kernels.attention
+    monkeypatch.setattr(bench.kernels, "attention", lambda q, k, v, *a, impl, **o: attention(
+        q if impl == "sdpa" else Spoilt.apply(q), k, v, *a, impl=impl, **o))
+    rows = {row["what"]: row["right"] for row in bench.bench_errors(torch.device("cpu"), torch.float32)}
+    assert [right for what, right in rows.items() if what.startswith("attention")] == ["no"] * 4
+    assert rows["log-probabilities"] == "yes"
 
 
 def test_without_a_command_it_prints_its_options():
