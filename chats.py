@@ -17,12 +17,10 @@ way, the examples with the smallest hash are. No chat is ever cut.
 Letters: B rows, T tokens of a row, N tokens of a split, E examples.
 """
 import bisect
-import contextlib
 import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from formats import parse_chats, split_weights
-from sources import publish
+from sources import prepared
 from tokenizer import MARKS, Tokenizer
 
 CHUNK = 4000                  # chats encoded at once
@@ -193,11 +191,8 @@ def prepare(out_dir, sources, tokenizer="", val_fraction=0.05, invalid_utf8="err
         raise ValueError(f"{sources} has no end: these tasks make up questions as long as they are asked; say how many "
                          "with --max_examples, or leave out the weights to take --task_examples of each")
 
-    unfinished = os.path.join(out_dir, ".unfinished")
     notes = [Counter() for _ in corpus]
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed
-        os.makedirs(unfinished)
+    with prepared(out_dir) as unfinished:
         file = ExampleFile(unfinished, np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
         streams = [examples(source, tokenizer, context, too_long, note) for source, note in zip(corpus, notes)]
         stream = mixed(streams, [source.weight for source in corpus], max_examples)
@@ -222,14 +217,6 @@ def prepare(out_dir, sources, tokenizer="", val_fraction=0.05, invalid_utf8="err
         tokenizer.save(unfinished)
         for split, chosen_E in (("val", held_E), ("train", ~held_E)):
             file.finish(os.path.join(unfinished, f"{split}.h5"), chosen_E, attributes)
-        publish(unfinished, out_dir)
-    except OSError as error:
-        raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
-                         "--out_dir; what it held before is untouched") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(out_dir)                                   # only if it is empty
 
     # what came of it
     of, lengths, trained = np.array(file.sources), np.array(file.lengths), np.array(file.trained)

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ import numpy as np
 from chats import CHUNK, COLOUR, CONTROL, PLAIN, encode_chats, mixed
 from formats import parse_chats
 from preferences import KEEP, PairSource
-from sources import content_key, json_rows, publish
+from sources import content_key, json_rows, prepared
 
 RED = "\x1b[31m"
 ROLES = ("system", "user", "assistant")
@@ -120,11 +119,8 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
     shorter = [re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(source.name)) for source in corpus]
     named = shorter if len({*shorter}) == len(shorter) else [source.name for source in corpus]
 
-    unfinished = os.path.join(out_dir, ".unfinished")
     notes, counts, seen = [Counter() for _ in corpus], Counter(), set()
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed
-        os.makedirs(unfinished)
+    with prepared(out_dir, last="train.jsonl") as unfinished:
         streams = [filtered(source.pairs(note), note, seen, counts, min_margin, min_agreement, max_length_ratio,
                             duplicates, unpair) for source, note in zip(corpus, notes)]
         keys, sides, of, first = [], [], [], None
@@ -170,14 +166,6 @@ def prepare(out_dir, sources="", val_fraction=0.05, invalid_utf8="error", overwr
                 for index, (source, note) in enumerate(zip(named, notes))}
         with open(os.path.join(unfinished, "about.json"), "w", encoding="utf-8") as file:
             json.dump(dict(kind=first[0], options=options, sources=said), file, indent=2)
-        publish(unfinished, out_dir, last="train.jsonl")
-    except OSError as error:
-        raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
-                         "--out_dir; what it held before is untouched") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(out_dir)                                   # only if it is empty
 
     # what came of it
     kind = first[0]

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sysconfig
 import tokenize
 import zlib
@@ -325,13 +326,27 @@ def mix(corpus, max_bytes, notes):
         notes["empty documents skipped"] += not begun
 
 
-def publish(unfinished, out_dir, last="train.h5"):
-    """Moves the finished files of prepared data into out_dir, `last` last: where it stands, the data is complete."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out_dir, last))
-    for name in sorted(os.listdir(unfinished), key=lambda name: name == last):
-        os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
-    if os.name == "posix":                                      # the names themselves
-        folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+@contextlib.contextmanager
+def prepared(out_dir, last="train.h5"):
+    """A new folder to write into, as a context: at its end the files are moved into out_dir, `last` last, so that where
+    it stands the data is complete. After an error out_dir is as it was; ValueError if the disk refuses."""
+    unfinished = os.path.join(out_dir, ".unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed
+        os.makedirs(unfinished)
+        yield unfinished
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out_dir, last))
+        for name in sorted(os.listdir(unfinished), key=lambda name: name == last):
+            os.replace(os.path.join(unfinished, name), os.path.join(out_dir, name))
+        if os.name == "posix":                                  # the names themselves
+            folder = os.open(out_dir, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
+                         "--out_dir; what it held before is untouched") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(out_dir)                                   # only if it is empty

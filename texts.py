@@ -13,12 +13,10 @@ instead: its last val_fraction is held out.
 
 Letters: B rows, T tokens of context, N tokens of a split.
 """
-import contextlib
 import functools
 import itertools
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sources import BLOCK, mix, parse_sources, publish
+from sources import BLOCK, mix, parse_sources, prepared
 
 SMALL = 16 << 20              # bytes of text in a small corpus
 
@@ -184,11 +182,7 @@ def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, te
     corpus = parse_sources(sources, text_column, invalid_utf8)
     held_out = parse_sources(val_sources, text_column, invalid_utf8) if val_sources else []
     tokenizer = Tokenizer.load(tokenizer) if tokenizer else None
-    unfinished = os.path.join(out_dir, ".unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed
-        os.makedirs(unfinished)
-
+    with prepared(out_dir) as unfinished:
         # which documents are held out
         notes, cut, threshold = Counter(), None, int(val_fraction * 2 ** 64)
         if held_out:
@@ -234,14 +228,6 @@ def prepare(out_dir, sources, val_sources="", val_fraction=0.05, max_bytes=0, te
         for split, writer in writers.items():
             writer.finish(os.path.join(unfinished, f"{split}.h5"), attributes)
         seconds = time.perf_counter() - before
-        publish(unfinished, out_dir)
-    except OSError as error:
-        raise ValueError(f"{out_dir} cannot be written ({error.strerror}); free space there or choose another "
-                         "--out_dir; what it held before is untouched") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(out_dir)                                   # only if it is empty
 
     # what came of it
     for split, writer in writers.items():
