@@ -5,8 +5,6 @@ Shape letters: N tokens, C channels, V vocabulary, R rows of a block.
 """
 import torch
 
-from recompute import instead_of
-
 LOGIT_BYTES = 32 << 20      # of one chunk of logits on CPU, which a product wants large, ...
 BLOCK_BYTES = 2 << 20       # ... and of its fp32 rows under one softmax, which want to stay in the cache
 
@@ -15,9 +13,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, want_entropy=False,
     """kernels.linear_logprob by torch; one opaque operation to a compiler, which would keep all logits."""
     shape = targets.shape
     call = opaque_forward if torch.compiler.is_compiling() else LinearLogprob.apply
-    with instead_of(hidden):
-        logp, *more = call(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), float(temperature),
-                           want_entropy, want_hits)
+    logp, *more = call(hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), float(temperature),
+                       want_entropy, want_hits)
     more = [column.view(shape) for column, wanted in zip(more, (want_entropy, want_hits)) if wanted]
     return (logp.view(shape), *more) if more else logp.view(shape)
 

@@ -35,11 +35,8 @@ def is_worth_it(x):
 def again(out, function, *inputs):
     """`out`, which is function(*inputs), and remembers so if it is large."""
     if is_worth_it(out):
-        recipes = [getattr(x, "recipe", x.detach() if isinstance(x, torch.Tensor) else x) for x in inputs]
-        for x in recipes:
-            if isinstance(x, Recipe):
-                x.waiting += 1
-        out.recipe = Recipe(function, recipes)
+        out.recipe = Recipe(function, [getattr(x, "recipe", x.detach() if isinstance(x, torch.Tensor) else x)
+                                       for x in inputs])
     return out
 
 

@@ -329,7 +329,7 @@ def mix(corpus, max_bytes, notes):
 @contextlib.contextmanager
 def prepared(out_dir, last="train.h5"):
     """A new folder to write into, as a context: at its end the files are moved into out_dir, `last` last, so that where
-    it stands the data is complete. After an error out_dir is as it was; ValueError if the disk refuses."""
+    it stands the data is complete. An error before that leaves out_dir as it was; ValueError if the disk refuses."""
     unfinished = os.path.join(out_dir, ".unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)           # of a run that was killed

@@ -216,6 +216,14 @@ def test_log_probabilities_entropies_and_gradients_equal_float64(monkeypatch, N,
         torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
 
 
+def test_a_gradient_that_nothing_wants_costs_no_product(monkeypatch):
+    mm, outs = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: outs.append(out.shape) or mm(a, b, out=out))
+    hidden, weight = torch.randn(3, 8), torch.randn(9, 8, requires_grad=True)
+    linear_logprob(hidden, weight, torch.tensor([1, 2, 3]), impl="triton").sum().backward()
+    assert set(outs) == {(3, 9)} and weight.grad.any()          # logits, and no gradient of hidden
+
+
 def test_a_second_backward_pass_repeats_the_first_and_a_frozen_head_gets_no_gradient():
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8)
     logp = linear_logprob(hidden, weight, torch.tensor([1, 2, 3]), impl="triton")

@@ -16,7 +16,7 @@ BELOW = {"characters": set(), "isolated": set(), "cleaners": {"characters", "iso
          "tokenizer": {"unigram", "vocabulary"}, "masking": {"common"}, "record": set(), "optim": {"record"},
          "common": {"record"}, "sources": set(),
          "triton_kernels": set(), "triton_decode": {"triton_kernels"}, "triton_logprob": {"triton_kernels"},
-         "plain_attention": {"triton_kernels"}, "recompute": set(), "plain_logprob": {"recompute"},
+         "plain_attention": {"triton_kernels"}, "recompute": set(), "plain_logprob": set(),
          "kernels": {"plain_attention", "plain_logprob", "recompute", "triton_kernels", "triton_decode",
                      "triton_logprob"},
          "model": {"kernels", "common", "recompute"}, "lora": {"common", "model"}, "decoder": {"kernels", "model"},

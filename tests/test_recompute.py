@@ -5,7 +5,7 @@ import torch
 import bench
 import lora
 import recompute
-from kernels import SMALL, swiglu
+from kernels import SMALL, attention, rotate, swiglu
 from model import GPT, Config
 
 NEVER, SOON = 1 << 60, 4 * SMALL + 1                       # bytes
@@ -64,6 +64,15 @@ def test_what_several_products_want_is_computed_once(monkeypatch):
         results = [out @ torch.randn(4, 4, requires_grad=True) for _ in range(3)]
     sum(result.sum() for result in results).backward()
     assert len(calls) == 1 and out.recipe.found is None     # and is not held afterwards
+
+
+def test_attention_keeps_no_rotated_heads(monkeypatch):
+    monkeypatch.setattr(recompute, "LEAST", 0)
+    q, k, v = torch.randn(3, 1, 600, 2, 16, requires_grad=True)
+    angles = torch.randn(600, 1, 16)
+    q, k = (rotate(x, angles.cos(), angles.sin()) for x in (q, k))
+    attention(q, k, v)
+    assert q.recipe.waiting == k.recipe.waiting == 1
 
 
 def test_small_tensors_are_kept():

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import texts
-from sources import Source, content_key, mix, parse_sources, text_documents
+from sources import Source, content_key, mix, parse_sources, prepared, text_documents
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -446,6 +446,23 @@ def test_on_a_terminal_a_bar_shows_tokens_a_second(monkeypatch, capsys):
     progress.add(2_000_000, 500_000)
     progress.bar.refresh()
     assert re.search(r"50%.*2 MB, 0\.5 M tokens, 0\.05 M tokens/s", capsys.readouterr().err)
+
+
+def test_files_that_cannot_all_be_moved_are_not_taken_for_complete_data(tmp_path, monkeypatch):
+    move, moved = os.replace, []
+    (tmp_path / "train.h5").write_text("old")
+
+    def move_one(source, target):
+        if moved:
+            raise OSError(5, "Input/output error")
+        moved.append(os.path.basename(target))
+        move(source, target)
+    monkeypatch.setattr(os, "replace", move_one)
+    with pytest.raises(ValueError, match="cannot be written .Input/output error"):
+        with prepared(str(tmp_path)) as unfinished:
+            for name in ("train.h5", "tokenizer.json", "val.h5"):
+                Path(unfinished, name).write_text("new")
+    assert os.listdir(tmp_path) == moved != ["train.h5"]        # the old one would be read with a new tokenizer
 
 
 # ---- files to batches ----
